@@ -1,0 +1,61 @@
+"""The scorer: a fresh untrusted process that rebuilds the model from source and weights and produces logits.
+
+It reads token rows from one shared buffer and writes logits into another, slot by slot as the judge asks. It has no
+targets, no byte table and no say in the score.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ._candidate import build, load
+from ._wire import Channel, shared_array
+from .constants import PROFILES
+from .evaluate import check_logits
+from .run import ModelSpec
+from .trainer import crash
+
+
+def _score(order: dict[str, Any], channel: Channel) -> None:
+    from safetensors.torch import load_file
+
+    profile = PROFILES[order["profile"]]
+    device = torch.device(order["device"])
+    shape = (profile.eval_batch, profile.seq_len, profile.vocab_size)
+    tokens = shared_array(order["tokens"], (order["slots"], *shape[:2]), np.int64)
+    logits = torch.from_numpy(shared_array(order["logits"], (order["slots"], *shape), np.float32))
+    torch.manual_seed(order["seed"])
+    candidate = load(Path(order["candidate"]))
+    spec = ModelSpec(vocab_size=profile.vocab_size, seq_len=profile.seq_len, device=device)
+    model = build(candidate.build_model, spec)
+    model.load_state_dict(load_file(order["weights"]))
+    model.eval()
+    channel.send(op="ready")
+    while (request := channel.receive()) is not None:
+        slot = request["slot"]
+        with torch.inference_mode():
+            output = model(torch.from_numpy(tokens[slot].copy()).to(device))
+        check_logits(output, shape)
+        logits[slot].copy_(output)
+        channel.send(op="scored", slot=slot)
+
+
+def main() -> None:
+    """Score by the order in argv[1] until the judge closes the channel."""
+    order = json.loads(sys.argv[1])
+    channel = Channel.from_fd(order["channel"])
+    try:
+        _score(order, channel)
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(op="crash", **crash(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The trainer: an untrusted process that runs `train(run)` and hands over weights.
+
+1. Import the candidate, build its model and run one dummy forward pass: the gate, before any budget is spent.
+2. Call `train(run)`; batches come from the judge through shared memory.
+3. Save the returned model's state as safetensors.
+
+What it says on its channel is a claim; the judge keeps the clock and the counts.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ._candidate import build, check_forward, load
+from ._wire import RING_BYTES, Channel, shared_array
+from .constants import PROFILES
+from .run import ContractError, Diverged, ModelSpec, Run, trained
+
+TAIL_CHARS = 4_000  # of a traceback
+
+
+class JudgeSource:
+    """Batches that the judge wrote into shared memory."""
+
+    def __init__(self, channel: Channel, ring: int) -> None:
+        self._channel = channel
+        self._ring = ring
+        self._shape = (0, 0)
+
+    def open(self, batch_size: int, seq_len: int) -> None:
+        """Ask the judge for batches of this shape."""
+        self._shape = (batch_size, seq_len + 1)
+        if batch_size * (seq_len + 1) * 2 > RING_BYTES:
+            raise ContractError(
+                f"run.batches({batch_size}, {seq_len}): a batch may take {RING_BYTES} bytes of token ids at most"
+            )
+        self._channel.send(op="batches", rows=batch_size, seq_len=seq_len)
+
+    def next(self) -> tuple[NDArray[np.uint16], int, float] | None:
+        """Return a copy of the next batch; None when the judge says that the budget is spent."""
+        self._channel.send(op="next")
+        reply = self._channel.receive()
+        if reply is None or "epoch" not in reply:
+            return None
+        return shared_array(self._ring, self._shape, np.uint16).copy(), reply["epoch"], reply["started"]
+
+    def log(self, step: int, loss: float) -> None:
+        """Tell the judge of a step."""
+        self._channel.send(op="log", step=step, loss=loss)
+
+
+def crash(error: BaseException) -> dict[str, Any]:
+    """Say in one line what ended the candidate, with its kind and the traceback's tail."""
+    detail = "".join(traceback.format_exception(error))[-TAIL_CHARS:]
+    if isinstance(error, ContractError):
+        return {"kind": "contract", "reason": str(error), "detail": detail}
+    if isinstance(error, Diverged):
+        return {"kind": "diverged", "reason": str(error), "detail": detail}
+    message = str(error).strip().partition("\n")[0][:300]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == "train.py"]
+    where = f" (train.py:{frames[-1].lineno})" if frames else ""
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    hint = "; try a smaller DEVICE_BATCH_SIZE or model" if out_of_memory else ""
+    return {
+        "kind": "memory" if out_of_memory else "error",
+        "reason": f"{type(error).__name__}: {message}{where}{hint}",
+        "detail": detail,
+    }
+
+
+def _train(order: dict[str, Any], channel: Channel) -> None:
+    from safetensors.torch import save_file
+
+    profile = PROFILES[order["profile"]]
+    device = torch.device(order["device"])
+    candidate = load(Path(order["candidate"]))
+    spec = ModelSpec(vocab_size=profile.vocab_size, seq_len=profile.seq_len, device=device)
+    torch.manual_seed(order["seed"])
+    check_forward(build(candidate.build_model, spec), spec)
+    channel.send(op="ready")
+    torch.manual_seed(order["seed"])  # the gate's model has drawn from the generator
+    run = Run(
+        profile=profile,
+        device=device,
+        seed=order["seed"],
+        budget_s=order["budget_s"],
+        bos_id=order["bos_id"],
+        source=JudgeSource(channel, order["ring"]),
+    )
+    model = trained(candidate.train(run))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    channel.send(op="returned")
+    # clones: safetensors takes no two names for one storage, and a tied weight loads the same from two copies
+    save_file({name: t.detach().clone().contiguous() for name, t in model.state_dict().items()}, order["weights"])
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+    channel.send(op="done", peak_device_mb=peak)
+
+
+def main() -> None:
+    """Run one training by the order in argv[1]."""
+    order = json.loads(sys.argv[1])
+    channel = Channel.from_fd(order["channel"])
+    try:
+        _train(order, channel)
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(op="crash", **crash(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
