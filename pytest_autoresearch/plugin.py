@@ -1,0 +1,152 @@
+"""The plugin's entry: options and on-demand registration. Costs nothing until one of its options or files is used.
+
+`--autoresearch-loop` and `--autoresearch-try` register a mode (loop.py); naming a mutable file on the command line
+collects it as an experiment instead of importing it (nodes.py). Nothing else here does anything.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from .records import Policy, Result, Standing, Verdict
+    from .settings import Settings
+
+# name, argument, help
+OPTIONS = (
+    ("--autoresearch-loop", None, "run the research loop: propose a change, run it, keep it or not, repeat"),
+    (
+        "--autoresearch-try",
+        "DESCRIPTION",
+        "put the edit that is in your work tree through one experiment: exit code 0 kept, 1 not",
+    ),
+    ("--autoresearch-max", "N", "end the loop after N experiments (default: it goes on until you stop it)"),
+    ("--autoresearch-hours", "H", "end the loop when H hours are over; a running experiment is finished"),
+    (
+        "--autoresearch-tag",
+        "TAG",
+        "name of this line of research; its branch is autoresearch/TAG (default: the date, like nov23)",
+    ),
+    (
+        "--autoresearch-agent",
+        "COMMAND",
+        "let COMMAND edit the mutable file instead of the built-in tuner; it reads program.md and the history on "
+        "stdin, and its last line of output describes the change",
+    ),
+    (
+        "--autoresearch-profile",
+        "NAME",
+        "set of constants the runner uses, such as tiny or climbmix (default: the runner chooses)",
+    ),
+)
+# name, type, default, help
+INI_KEYS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("autoresearch_metric", "string", "val_bpb", "name of the score among the runner's metrics"),
+    ("autoresearch_direction", "string", "min", "min when a lower score is better, max when a higher one is"),
+    ("autoresearch_budget_s", "float", None, "seconds of training of one run (default: the runner's own)"),
+    (
+        "autoresearch_timeout_s",
+        "float",
+        None,
+        "seconds that one phase of a run may take before it is ended (default: twice the budget)",
+    ),
+    ("autoresearch_mutable", "linelist", ["train.py"], "files that experiments may change"),
+    (
+        "autoresearch_immutable",
+        "linelist",
+        [],
+        "files and folders the score depends on; a run gets a pristine copy of them "
+        "(default: oracle, tests/laws, conftest.py, program.md, pyproject.toml, as far as they exist)",
+    ),
+    (
+        "autoresearch_runner",
+        "args",
+        ["{python}", "-P", "-m", "oracle.judge"],
+        "command that judges a candidate, started in the copy of the immutable files",
+    ),
+    ("autoresearch_branch_prefix", "string", "autoresearch", "first part of the branch's name"),
+    ("autoresearch_line_price", "float", 0.0001, "what a net line added must gain, in units of the metric"),
+    ("autoresearch_memory_price", "float", 0.001, "what a GB of peak memory added must gain"),
+    ("autoresearch_profile", "string", "", "as --autoresearch-profile"),
+    ("autoresearch_agent_timeout_s", "float", 900.0, "seconds the agent's command may take for one proposal"),
+    ("autoresearch_program", "string", "program.md", "instructions that the agent's command reads on stdin"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("autoresearch", "research loop on one file (pytest-autoresearch)")
+    for name, argument, text in OPTIONS:
+        if argument is None:
+            group.addoption(name, action="store_true", default=False, help=text)
+        else:
+            group.addoption(name, metavar=argument, default=None, help=text)
+    for key, kind, default, text in INI_KEYS:
+        parser.addini(key, text, type=kind, default=default)
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    from . import hookspecs
+
+    pluginmanager.add_hookspecs(hookspecs)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    used = [name for name, _, _ in OPTIONS if config.getoption(name.lstrip("-").replace("-", "_")) not in (None, False)]
+    modes = [name for name in used if name in ("--autoresearch-loop", "--autoresearch-try")]
+    if len(modes) == 2:
+        raise pytest.UsageError("--autoresearch-loop and --autoresearch-try exclude each other: give one of them")
+    works_with = {
+        "--autoresearch-max": ["--autoresearch-loop"],
+        "--autoresearch-hours": ["--autoresearch-loop"],
+        "--autoresearch-agent": ["--autoresearch-loop"],
+        "--autoresearch-tag": ["--autoresearch-loop", "--autoresearch-try"],
+    }
+    for name in used:
+        if name in works_with and not set(modes) & set(works_with[name]):
+            wanted = " or ".join(works_with[name])
+            raise pytest.UsageError(f"{name} does nothing without {wanted}: add it, or remove {name}")
+    if modes and not hasattr(config, "workerinput"):
+        from .loop import register
+
+        register(config, modes[0])
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Take a mutable file that is named on the command line; anything else is an ordinary module."""
+    config = parent.config
+    if not parent.session.isinitpath(module_path):
+        return None
+    if module_path not in [config.rootpath / name for name in config.getini("autoresearch_mutable")]:
+        return None
+    from .nodes import ExperimentFile
+
+    return ExperimentFile.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_autoresearch_propose(
+    settings: "Settings",
+    workdir: Path,
+    history: Sequence[dict[str, Any]],
+    number: int,
+    seed: int,
+    refused: Sequence[str],
+) -> str | None:
+    if settings.agent is not None:
+        from .propose.agent import propose
+
+        return propose(settings, workdir, history, number, refused)
+    from .propose.tuner import propose as tune
+
+    return tune(settings, workdir, history, seed)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_autoresearch_decide(
+    standing: "Standing", runs: "Sequence[Result]", lines_added: int, policy: "Policy"
+) -> "Verdict":
+    from .ratchet import decide
+
+    return decide(standing, runs, lines_added, policy)

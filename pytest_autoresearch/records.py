@@ -1,0 +1,63 @@
+"""The nouns that the loop, the ratchet and the ledger share. Plain frozen records; no I/O."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA = 1  # version of the runner's messages and of the ledger's records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One version of the mutable files, stored as a commit that no branch points to."""
+
+    number: int  # 0 is the baseline; experiments count from 1
+    commit: str  # full hash; refs/autoresearch/<tag>/<number> keeps it
+    parent: str  # the champion's commit that it was derived from
+    description: str  # one line, no tabs
+    lines_added: int  # net lines added to the mutable files against the parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What the runner said of one run. `score` is None unless `status` is "ok"."""
+
+    status: Literal["ok", "crash", "unusable"]
+    score: float | None = None
+    memory_gb: float = 0.0
+    kind: str = ""  # of a crash: contract, error, timeout, diverged, ...
+    reason: str = ""  # one line
+    detail: str = ""  # the tail of the traceback or of the log
+    trust: str = ""  # inproc, split or sealed
+    metrics: Mapping[str, float | int | str] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What is known of the champion under the current fingerprint."""
+
+    scores: tuple[float, ...]  # fresh runs of the champion's commit, oldest first
+    memory_gb: float
+    sigma: float  # run-to-run standard deviation of one commit; pooled over the ledger's repeats
+    may_confirm: bool = True  # False when the cap on extra runs is spent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """How a verdict is reached; prices are in units of the metric."""
+
+    direction: Literal["min", "max"] = "min"
+    line_price: float = 0.0001  # per net line added
+    memory_price: float = 0.001  # per GB of peak memory added
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """keep, discard or crash, with the numbers that led to it; "confirm" asks for one more run first."""
+
+    outcome: Literal["keep", "discard", "crash", "confirm"]
+    reason: str  # one line
+    gain: float | None = None  # of the last run over the champion's mean, positive is better
+    price: float | None = None
+    sigma: float | None = None

@@ -1,0 +1,204 @@
+"""What the user chose: one frozen `Settings`, read once from the command line and the configuration file."""
+
+import math
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, cast
+
+import pytest
+
+from .records import Policy
+
+DEFAULT_IMMUTABLE = ("oracle", "tests/laws", "conftest.py", "program.md", "pyproject.toml")
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that decides how experiments are proposed, run and compared."""
+
+    root: Path  # pytest's rootdir; all paths below are relative to it
+    metric: str
+    policy: Policy
+    budget_s: float | None  # None: the runner's own
+    timeout_s: float | None  # None: twice the budget
+    mutable: tuple[str, ...]
+    immutable: tuple[str, ...] | None  # None: those of DEFAULT_IMMUTABLE that exist
+    runner: tuple[str, ...]
+    profile: str | None  # None: the runner's own
+    branch_prefix: str
+    tag: str
+    agent: tuple[str, ...] | None  # None: the tuner proposes
+    agent_timeout_s: float
+    program: str
+    max_experiments: int | None
+    hours: float | None
+
+    @property
+    def direction(self) -> Literal["min", "max"]:
+        """Which way the metric is better."""
+        return self.policy.direction
+
+    def locked(self, root: Path) -> tuple[str, ...]:
+        """Return the patterns of the immutable files below `root`."""
+        if self.immutable is not None:
+            return self.immutable
+        return tuple(name for name in DEFAULT_IMMUTABLE if (root / name).exists())
+
+
+def read(config: pytest.Config) -> Settings:
+    """Read and check every option and ini key; a UsageError names the bad value, its source and the remedy."""
+    root = config.rootpath
+    mutable = tuple(_path(name, "autoresearch_mutable") for name in config.getini("autoresearch_mutable"))
+    if not mutable:
+        raise pytest.UsageError("autoresearch_mutable is empty: name the file that experiments may change")
+    for name in mutable:
+        if not (root / name).is_file():
+            raise pytest.UsageError(
+                f"autoresearch_mutable names {name!r}, and there is no such file in {root}: "
+                "create it, or name the file that experiments may change"
+            )
+    immutable = tuple(_path(name, "autoresearch_immutable") for name in config.getini("autoresearch_immutable"))
+    if both := sorted(set(mutable) & set(immutable)):
+        raise pytest.UsageError(f"{both[0]!r} is in autoresearch_mutable and autoresearch_immutable: remove one")
+    runner = tuple(config.getini("autoresearch_runner"))
+    if not runner:
+        raise pytest.UsageError("autoresearch_runner is empty: give the command that judges a candidate")
+    direction = config.getini("autoresearch_direction")
+    if direction not in ("min", "max"):
+        raise _bad(direction, "autoresearch_direction", "'min' or 'max'")
+    return Settings(
+        root=root,
+        metric=_word(config.getini("autoresearch_metric"), "autoresearch_metric"),
+        policy=Policy(
+            direction=cast(Literal["min", "max"], direction),
+            line_price=_number(config, "autoresearch_line_price", least=0.0) or 0.0,
+            memory_price=_number(config, "autoresearch_memory_price", least=0.0) or 0.0,
+        ),
+        budget_s=_number(config, "autoresearch_budget_s", above=0.0),
+        timeout_s=_number(config, "autoresearch_timeout_s", above=0.0),
+        mutable=mutable,
+        immutable=immutable or None,
+        runner=tuple(part.replace("{python}", sys.executable) for part in runner),
+        profile=_given(config, "autoresearch_profile") or config.getini("autoresearch_profile") or None,
+        branch_prefix=_word(config.getini("autoresearch_branch_prefix"), "autoresearch_branch_prefix"),
+        tag=_word(_given(config, "autoresearch_tag") or _today(), "--autoresearch-tag"),
+        agent=_agent(_given(config, "autoresearch_agent")),
+        agent_timeout_s=_number(config, "autoresearch_agent_timeout_s", above=0.0) or 900.0,
+        program=_path(config.getini("autoresearch_program"), "autoresearch_program"),
+        max_experiments=_count(_given(config, "autoresearch_max"), "--autoresearch-max"),
+        hours=_positive(_given(config, "autoresearch_hours"), "--autoresearch-hours"),
+    )
+
+
+def refuse_impossible(config: pytest.Config, mode: str) -> None:
+    """Raise a UsageError when another option would run an experiment twice, elsewhere, in a debugger or not at all."""
+    option = config.option
+    mixes = {
+        "-n": getattr(option, "numprocesses", None) or getattr(option, "tx", None),
+        "--looponfail": getattr(option, "looponfail", False),
+        "--reruns": getattr(option, "reruns", None) or getattr(option, "force_reruns", None) or _ini(config, "reruns"),
+        "--pdb": getattr(option, "usepdb", False),
+        "--trace": getattr(option, "trace", False),
+        "--collect-only": option.collectonly,
+        "--setup-only": getattr(option, "setuponly", False),
+        "--setup-plan": getattr(option, "setupplan", False),
+    }
+    for name, value in mixes.items():
+        if value and value != "0":
+            raise pytest.UsageError(
+                f"{mode} cannot be combined with {name}: an experiment runs once, alone, in this process's order; "
+                f"remove {name}"
+            )
+    if config.args_source is pytest.Config.ArgsSource.ARGS:
+        mutable = {(config.rootpath / name).resolve() for name in config.getini("autoresearch_mutable")}
+        for argument in config.args:
+            if (config.invocation_params.dir / argument).resolve() not in mutable:
+                raise pytest.UsageError(f"{mode} runs no tests: remove {argument!r} from the command line")
+
+
+def _given(config: pytest.Config, name: str) -> str | None:
+    return cast("str | None", config.getoption(name))
+
+
+def _ini(config: pytest.Config, name: str) -> Any:
+    try:
+        return config.getini(name)
+    except ValueError:  # no installed plugin has such a key
+        return None
+
+
+def _today() -> str:
+    now = time.localtime()
+    return f"{MONTHS[now.tm_mon - 1]}{now.tm_mday}"
+
+
+def _bad(value: object, source: str, wanted: str) -> pytest.UsageError:
+    return pytest.UsageError(f"{source}: {value!r} is not {wanted}")
+
+
+def _word(value: str, source: str) -> str:
+    if not re.fullmatch(r"\w[\w.@%+-]*", value) or ".." in value or value.endswith((".", ".lock")):
+        raise _bad(value, source, "one word of letters, digits, '-', '_' and '.'")
+    return value
+
+
+def _path(value: str, source: str) -> str:
+    path = PurePosixPath(value.strip())
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise _bad(value, source, "a path inside pytest's rootdir, relative to it")
+    return str(path)
+
+
+def _number(config: pytest.Config, name: str, *, least: float = -math.inf, above: float = -math.inf) -> float | None:
+    try:
+        value = config.getini(name)
+    except (ValueError, TypeError, pytest.UsageError) as exc:
+        raise pytest.UsageError(f"{name}: {exc}") from None
+    if value is None:
+        return None
+    if not math.isfinite(value) or value < least or value <= above:
+        raise _bad(value, name, "a number above 0" if above == 0.0 else "a number, 0 or more")
+    return float(value)
+
+
+def _positive(value: str | None, source: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise _bad(value, source, "a number above 0")
+    return number
+
+
+def _count(value: str | None, source: str) -> int | None:
+    if value is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) == 0:
+        raise _bad(value, source, "a whole number, 1 or more")
+    return int(value)
+
+
+def _agent(command: str | None) -> tuple[str, ...] | None:
+    if command is None:
+        return None
+    import shlex
+
+    try:
+        words = tuple(shlex.split(command))
+    except ValueError as exc:
+        raise pytest.UsageError(f"--autoresearch-agent: {command!r} is not a shell command line: {exc}") from None
+    if not words:
+        raise _bad(command, "--autoresearch-agent", "a command")
+    if shutil.which(words[0]) is None:
+        raise pytest.UsageError(
+            f"--autoresearch-agent: there is no program {words[0]!r} on PATH: install it, or give its full path"
+        )
+    return words
