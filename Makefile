@@ -7,7 +7,7 @@ MAX ?= 10
 
 loop: .venv/ready
 	$(BIN)/python -m oracle.prepare
-	$(BIN)/pytest --autoresearch-loop --autoresearch-max $(MAX)
+	$(BIN)/pytest --autoresearch-loop --autoresearch-max $(MAX) || test $$? -eq 1  # 1: some candidate crashed
 
 test: .venv/ready
 	$(BIN)/python -m oracle.prepare --profile tiny

@@ -5,13 +5,12 @@
 Needs the prepared profile tiny for its document lengths; the log-normal lengths stand for a corpus of longer texts.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from benchmarks.machine import machine
 from oracle.constants import BUFFER_DOCUMENTS, TINY
 from oracle.packing import Tokens, pack
 from oracle.prepared import Prepared
@@ -43,8 +42,7 @@ def seconds(packer: Callable[..., Iterator[Tokens]], documents: list[Tokens], ro
 
 def main() -> None:
     """Print the table."""
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, ", end="")
-    print(f"Python {platform.python_version()}, numpy {np.__version__}, buffer of {BUFFER_DOCUMENTS:,} documents")
+    print(f"{machine('numpy')}; buffer of {BUFFER_DOCUMENTS:,} documents")
     print(f"{'documents':<24}{'row':>6}{'rows':>8}{'naive Mtok/s':>14}{'fast Mtok/s':>13}{'ratio':>7}")
     for name, documents, row_len in (
         ("tiny", tiny_documents(), 257),

@@ -23,6 +23,7 @@ from ..settings import Settings
 DRAWS = 60  # for one proposal
 WIDEN_EVERY = 12  # draws that bring nothing new double the range (on its own scale)
 COMBINE_EVERY, REMOVE_EVERY = 5, 11  # experiments
+BY_PROFILE = 5  # times as likely to be drawn: a constant that profiles differ in
 NEAR = 0.002  # of the score: a discard within this of the champion is a near miss
 
 Files = dict[str, bytes]
@@ -37,6 +38,7 @@ class Constant:
     value: int | float
     start: int  # byte offsets of the literal
     end: int
+    by_profile: bool  # profiles differ in it, so it matters what this machine makes of it
 
 
 def propose(settings: Settings, workdir: Path, history: Sequence[dict[str, Any]], seed: int) -> str | None:
@@ -76,7 +78,8 @@ def find(files: Mapping[str, bytes], profile: str | None) -> Iterator[Constant]:
                 start = offsets[literal.lineno - 1] + literal.col_offset
                 end = offsets[(literal.end_lineno or 0) - 1] + (literal.end_col_offset or 0)
                 value = ast.literal_eval(content[start:end].decode())
-                yield Constant(key=(name, title), value=value, start=start, end=end)
+                by_profile = literal is not node.value
+                yield Constant(key=(name, title), value=value, start=start, end=end, by_profile=by_profile)
 
 
 def _entry(node: ast.expr, profile: str | None) -> ast.expr | None:
@@ -203,9 +206,10 @@ def _drawn(
             )
     times = {key: sum(key in changed for changed, _ in past.tried) for key in constants}
     keys = list(constants)
+    weights = [(BY_PROFILE if constants[key].by_profile else 1) / (1 + times[key]) for key in keys]
     for draw in range(DRAWS):
         widen = 2.0 ** (draw // WIDEN_EVERY)
-        chosen = rng.choices(keys, weights=[1 / (1 + times[key]) for key in keys], k=rng.choice((1, 1, 2)))
+        chosen = rng.choices(keys, weights=weights, k=rng.choice((1, 1, 2)))
         trial = study.ask(fixed_distributions={"/".join(key): axis for key in chosen})
         change = {key: value_at(constants[key], trial.params["/".join(key)], widen) for key in chosen}
         yield {key: value for key, value in change.items() if value != constants[key].value}

@@ -103,7 +103,7 @@ def table(records: Sequence[Mapping[str, Any]], metric: str, direction: str, wid
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
     for title, side in (("#", "right"), ("commit", "left"), (metric, "right"), ("gain", "right"), ("best", "right")):
         grid.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
     grid.add_column("GB", justify="right", no_wrap=True)

@@ -180,7 +180,7 @@ def test_combines_near_misses(notebook: Notebook) -> None:
     ],
 )
 def test_ranges(name: str, value: float, holds: Callable[[Any], bool]) -> None:
-    constant = tuner.Constant(key=("train.py", name), value=value, start=0, end=0)
+    constant = tuner.Constant(key=("train.py", name), value=value, start=0, end=0, by_profile=False)
     values = [tuner.value_at(constant, step / 10, 1.0) for step in range(-10, 11)]
     assert all(map(holds, values)), values
     assert len(set(values)) > 2
