@@ -130,7 +130,8 @@ class _Mode(ABC):
         if not now:
             return
         terminal.section(f"autoresearch {workspace.tag}")
-        shown = [record for record in ledger.runs[: research.first] if record["kind"] == "baseline"] + now
+        earlier = ledger.runs[: research.first]
+        shown = [run for run in earlier if run["verdict"] is None or run["verdict"]["outcome"] == "keep"] + now
         writer = terminal._tw
         for line in report.table(shown, settings.metric, settings.direction, writer.fullwidth, writer.hasmarkup):
             terminal.write_line(line)
