@@ -49,6 +49,15 @@ def _reap() -> None:
         pass
 
 
+class Crash(Exception):
+    """The candidate failed; `kind`, a one-line reason and the traceback's tail."""
+
+    def __init__(self, kind: str, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.detail = detail
+
+
 class Child:
     """A process that runs candidate code: `python -m oracle.<module>`, a channel to it, and what it was told."""
 

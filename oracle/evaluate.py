@@ -6,6 +6,9 @@ document and `math.fsum` across documents, so that neither order nor grouping of
 """
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,43 @@ if TYPE_CHECKING:
 
 class ScoreError(ValueError):
     """The output is not what a language model's logits must be, or there is nothing to score."""
+
+
+@contextmanager
+def pinned(device: torch.device, threads: int | None = None) -> Iterator[None]:
+    """Build and run models in one fixed state of the process, whatever code ran before; restore that state after.
+
+    No gradients, no autocast (a model that wants it says so in its forward), float32 by default and in full precision,
+    deterministic kernels where there are any, and `threads` threads, by default one for each core of this process:
+    how a reduction is split depends on their number.
+    """
+    before = (torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision())
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    cudnn = torch.backends.cudnn
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(threads or cores())
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with (
+            cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+            torch.autocast(device.type, enabled=False),
+            torch.inference_mode(),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(before[0])
+        torch.set_num_threads(before[1])
+        torch.set_float32_matmul_precision(before[2])
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_logits(logits: Tensor, shape: tuple[int, int, int]) -> None:
@@ -118,14 +158,13 @@ def evaluate_bpb(
     model.eval()
     tally = Tally(tokenizer.token_bytes, tokenizer.bos_id)
     try:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            filled = np.resize(batch, (batch_size, rows.shape[1]))
-            inputs = torch.from_numpy(filled[:, :-1].astype(np.int64)).to(device)
-            with torch.inference_mode():
-                logits = model(inputs)
-            check_logits(logits, (batch_size, rows.shape[1] - 1, tokenizer.vocab_size))
-            tally.add(batch, logits[: len(batch)])
+        with pinned(device):
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                filled = np.resize(batch, (batch_size, rows.shape[1]))
+                logits = model(torch.from_numpy(filled[:, :-1].astype(np.int64)).to(device))
+                check_logits(logits, (batch_size, rows.shape[1] - 1, tokenizer.vocab_size))
+                tally.add(batch, logits[: len(batch)])
     finally:
         model.train(was_training)
     return tally.score().bits_per_byte

@@ -16,7 +16,7 @@ import torch
 from ._candidate import build, load
 from ._wire import Channel, shared_array
 from .constants import PROFILES
-from .evaluate import check_logits
+from .evaluate import check_logits, pinned
 from .run import ModelSpec
 from .trainer import crash
 
@@ -26,23 +26,23 @@ def _score(order: dict[str, Any], channel: Channel) -> None:
 
     profile = PROFILES[order["profile"]]
     device = torch.device(order["device"])
-    shape = (profile.eval_batch, profile.seq_len, profile.vocab_size)
+    shape = (order["batch"], profile.seq_len, profile.vocab_size)
     tokens = shared_array(order["tokens"], (order["slots"], *shape[:2]), np.int64)
     logits = torch.from_numpy(shared_array(order["logits"], (order["slots"], *shape), np.float32))
-    torch.manual_seed(order["seed"])
     candidate = load(Path(order["candidate"]))
     spec = ModelSpec(vocab_size=profile.vocab_size, seq_len=profile.seq_len, device=device)
-    model = build(candidate.build_model, spec)
-    model.load_state_dict(load_file(order["weights"]))
-    model.eval()
-    channel.send(op="ready")
-    while (request := channel.receive()) is not None:
-        slot = request["slot"]
-        with torch.inference_mode():
+    with pinned(device, order["threads"]):
+        torch.manual_seed(order["seed"])
+        model = build(candidate.build_model, spec)
+        model.load_state_dict(load_file(order["weights"]))
+        model.eval()
+        channel.send(op="ready")
+        while (request := channel.receive()) is not None:
+            slot = request["slot"]
             output = model(torch.from_numpy(tokens[slot].copy()).to(device))
-        check_logits(output, shape)
-        logits[slot].copy_(output)
-        channel.send(op="scored", slot=slot)
+            check_logits(output, shape)
+            logits[slot].copy_(output)
+            channel.send(op="scored", slot=slot)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ._candidate import build, check_forward, load
 from ._wire import RING_BYTES, Channel, shared_array
 from .constants import PROFILES
-from .run import ContractError, Diverged, ModelSpec, Run, trained
+from .run import ContractError, Diverged, ModelSpec, Run, pick_device, trained
 
 TAIL_CHARS = 4_000  # of a traceback
 
@@ -78,7 +78,7 @@ def _train(order: dict[str, Any], channel: Channel) -> None:
     from safetensors.torch import save_file
 
     profile = PROFILES[order["profile"]]
-    device = torch.device(order["device"])
+    device = pick_device()
     candidate = load(Path(order["candidate"]))
     spec = ModelSpec(vocab_size=profile.vocab_size, seq_len=profile.seq_len, device=device)
     torch.manual_seed(order["seed"])
