@@ -89,8 +89,8 @@ class Ledger:
         """Return what is known of the candidate `commit` from runs under an equal fingerprint.
 
         An experiment's first run earned its place by being good, so it counts only until a fresh run is there.
-        sigma pools all repeats of any one commit. A further run may be afforded while the confirmations are
-        below 15 % of all runs plus one.
+        sigma pools all repeats of any one commit. A confirmation may be afforded while it keeps them within
+        15 % of all runs, and the first one always.
         """
         # Through JSON and back, as the records came: a tuple equals its list.
         wanted = json.loads(json.dumps(dict(fingerprint)))
@@ -105,7 +105,7 @@ class Ledger:
             scores=tuple(record["result"]["score"] for record in fresh),
             memory_gb=fmean(record["result"]["memory_gb"] for record in fresh) if fresh else 0.0,
             sigma=noise(groups.values()),
-            may_confirm=confirmations < EXTRA_SHARE * len(self.runs) + 1,
+            may_confirm=confirmations == 0 or confirmations + 1 <= EXTRA_SHARE * (len(self.runs) + 1),
         )
 
 

@@ -185,12 +185,11 @@ def test_confirmations_are_capped(path: Path) -> None:
     log = Ledger.open(path)
     assert log.standing("c" * 40, HERE).may_confirm
     log.append(record(1, 0.9, "discard", kind="confirm", run=2))
-    assert log.standing("c" * 40, HERE).may_confirm  # 1 < 0.15 * 1 + 1
-    log.append(record(2, 0.9, "discard", kind="confirm", run=2))
-    assert not log.standing("c" * 40, HERE).may_confirm
-    for number in range(3, 8):
+    for number in range(2, 13):
+        assert not log.standing("c" * 40, HERE).may_confirm  # 2 > 0.15 * (number + 1)
         log.append(record(number))
-    assert log.standing("c" * 40, HERE).may_confirm  # 2 < 0.15 * 7 + 1
+    log.append(record(13))
+    assert log.standing("c" * 40, HERE).may_confirm  # 2 <= 0.15 * 14
 
 
 def test_results_table() -> None:
