@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,11 @@ def active_profile() -> Profile:
 
 
 def profile_name() -> str:
-    """Return the name of the active profile."""
-    return active_profile().name
+    """Return the name of the active profile; end the program with one line where there is no such profile."""
+    try:
+        return active_profile().name
+    except DataError as error:  # train.py asks at import, outside of any handler
+        sys.exit(f"error: {error}")
 
 
 def signed(record: dict[str, Any]) -> dict[str, Any]:
