@@ -8,15 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from . import sandbox
 from ._wire import Channel
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+REASON_CHARS = 300  # of a crash
+GOODBYE_S = 10.0  # for a process to end that has nothing left to do
 
 
 def adopt_orphans() -> None:
@@ -25,13 +28,12 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def end_children() -> None:
-    """Kill every process below this one until there is none, and reap them.
+def end_children(spare: Collection[int] = ()) -> None:
+    """Kill every process below this one until there is none, and reap them; leave alone the trees of children `spare`.
 
     They are stopped first: a process that forks faster than it is found cannot do so while it is stopped.
     """
-    me = psutil.Process()
-    while children := me.children(recursive=True):
+    while children := list(_below(spare)):
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for child in children:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -39,6 +41,14 @@ def end_children() -> None:
         psutil.wait_procs(children, timeout=10)
         _reap()
     _reap()
+
+
+def _below(spare: Collection[int]) -> Iterator[psutil.Process]:
+    for child in psutil.Process().children():
+        if child.pid not in spare:
+            yield child
+            with contextlib.suppress(psutil.NoSuchProcess):
+                yield from child.children(recursive=True)
 
 
 def _reap() -> None:
@@ -50,36 +60,65 @@ def _reap() -> None:
 
 
 class Crash(Exception):
-    """The candidate failed; `kind`, a one-line reason and the traceback's tail."""
+    """The candidate failed; `kind`, a reason (made one short line: it may be the candidate's), the traceback's tail."""
 
     def __init__(self, kind: str, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
+        super().__init__(" ".join(reason.split())[:REASON_CHARS])
         self.kind = kind
         self.detail = detail
 
 
-class Child:
-    """A process that runs candidate code: `python -m oracle.<module>`, a channel to it, and what it was told."""
+_running: set[int] = set()  # process ids of the children that have not been ended
 
-    def __init__(self, module: str, *, cwd: Path, fds: Sequence[int], order: dict[str, Any]) -> None:
+
+class Child:
+    """A process that runs candidate code: `python -m oracle.<module>`, a channel to it, and what it was told.
+
+    It runs in the best sandbox of this machine: besides Python and the oracle's code it reads `readable`, and it writes
+    in `cwd` only. Start it in the thread that ends it: bubblewrap ends its processes with the thread that started them.
+    """
+
+    def __init__(
+        self, module: str, *, cwd: Path, readable: Sequence[Path], fds: Sequence[int], order: dict[str, Any]
+    ) -> None:
+        self._level = sandbox.available()
         ours, theirs = socket.socketpair()
         order = {**order, "channel": theirs.fileno()}
+        command = [sys.executable, "-P", "-m", f"oracle.{module}", json.dumps(order)]
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"oracle.{module}", json.dumps(order)],
+            sandbox.wrap(command, self._level, writable=cwd, readable=readable),
             cwd=cwd,
+            env=sandbox.environment(self._level, writable=cwd),
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), *fds),
             start_new_session=True,
         )
         theirs.close()
         self.channel = Channel(ours)
+        _running.add(self.process.pid)
 
-    def end(self) -> int:
-        """End the process and everything that it started; return its exit status."""
+    def ending(self) -> str:
+        """Say how the process ended, which has closed its channel: `exit code 1`, `signal 9`."""
+        try:
+            status = self.process.wait(timeout=GOODBYE_S)
+        except subprocess.TimeoutExpired:
+            return "its channel closed"
+        if self._level == "bubblewrap" and status > 128:
+            status = 128 - status
+        return f"exit code {status}" if status >= 0 else f"signal {-status}"
+
+    def end(self) -> None:
+        """End the process and everything that it started."""
         self.channel.close()
-        status = self.process.poll()
-        if status is None:
-            self.process.kill()
-            self.process.wait()
-        end_children()
-        return self.process.returncode if status is None else status
+        if self.process.poll() is None and self._level == "bubblewrap":
+            # Not bubblewrap's own two processes: they end by themselves once they have waited for the candidate's,
+            # whose memory then counts in this process's usage. What the kernel kills after them counts nowhere.
+            with contextlib.suppress(psutil.NoSuchProcess, subprocess.TimeoutExpired):
+                for inside in psutil.Process(self.process.pid).children(recursive=True)[1:]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        inside.kill()
+                self.process.wait(timeout=GOODBYE_S)
+        self.process.kill()
+        self.process.wait()
+        _running.discard(self.process.pid)
+        end_children(spare=_running)

@@ -1,9 +1,11 @@
 """What the judge, the trainer and the scorer share: a channel of JSON lines and anonymous shared memory."""
 
+import fcntl
 import json
 import mmap
 import os
 import socket
+import sys
 import tempfile
 import time
 from typing import Any
@@ -12,7 +14,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 MAX_LINE = 65_536  # bytes; a longer line is not one of ours
-RING_BYTES = 64 * 2**20  # room for training batches; the pages that are never touched cost nothing
+SEND_S = 5.0  # for the other side to take a message
+RING_BYTES = 8 * 2**20  # room for a training batch: 4 M tokens; the pages that are never touched cost nothing
 
 
 class WireError(Exception):
@@ -40,8 +43,20 @@ class Channel:
         self._socket.close()
 
     def send(self, **message: Any) -> None:
-        """Send one message; raises OSError when the other side is gone."""
+        """Send one message; raises OSError when the other side is gone or does not read."""
+        self._socket.settimeout(SEND_S)
         self._socket.sendall(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def send_descriptor(self, fd: int) -> None:
+        """Hand a descriptor over; the other side must be in `receive_descriptor`."""
+        self._socket.settimeout(SEND_S)
+        socket.send_fds(self._socket, [b"\n"], [fd])
+
+    def receive_descriptor(self) -> int | None:
+        """Block for a descriptor; None when the other side is gone."""
+        self._socket.settimeout(None)
+        _, descriptors, _, _ = socket.recv_fds(self._socket, 1, 1)
+        return descriptors[0] if descriptors else None
 
     def receive(self, deadline: float | None = None) -> dict[str, Any] | None:
         """Block for the next message; None when the other side is gone.
@@ -82,13 +97,33 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def shared_memory(n_bytes: int) -> int:
-    """Return the descriptor of `n_bytes` of anonymous shared memory: no name, so nothing is left behind."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("autoresearch")
+    """Return the descriptor of `n_bytes` of anonymous shared memory: no name, so nothing is left behind.
+
+    On Linux its size is sealed: memory that the other side cut off would end this process when it looks at it (SIGBUS).
+    """
+    if sys.platform == "linux":
+        fd = os.memfd_create("autoresearch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, n_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     else:
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
-    os.ftruncate(fd, n_bytes)
+            os.ftruncate(fd, n_bytes)
+    return fd
+
+
+def sealed_copy(data: bytes) -> int:
+    """Return the descriptor of an anonymous copy of `data`, which on Linux nobody can change, its maker included."""
+    if sys.platform == "linux":
+        fd = os.memfd_create("autoresearch", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+    if sys.platform == "linux":
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     return fd
 
 

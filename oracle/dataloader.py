@@ -60,6 +60,8 @@ def train_batches(
             while free.acquire() and not closed.is_set():
                 batch = np.empty((batch_size, seq_len + 1), dtype=np.uint16)
                 for index in range(batch_size):
+                    if closed.is_set():
+                        return
                     batch[index], epoch = next(rows)
                 ready.put((batch, epoch))
         except BaseException as error:

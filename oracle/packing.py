@@ -7,7 +7,7 @@ dropped.
 """
 
 import heapq
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -30,12 +30,11 @@ def pack(
     incoming = iter(documents)
     # One queue per length keeps arrival order; bit n of `lengths` says that queue n holds something, so the longest
     # that fits and the shortest of all are the highest and lowest set bits of one integer.
-    queues: list[deque[Tokens | Sequence[int]]] = [deque() for _ in range(row_len + 1)]
+    queues: defaultdict[int, deque[Tokens | Sequence[int]]] = defaultdict(deque)
     lengths = 0
     longer: list[tuple[int, int, Tokens | Sequence[int]]] = []  # heap of what exceeds a row: (length, arrival)
     arrivals = 0
     held = 0
-    up_to = [(2 << room) - 1 for room in range(row_len + 1)]  # bits 0..room
     open_ended = True
 
     while True:
@@ -61,7 +60,9 @@ def pack(
                 return
             held -= 1
             room = row_len - at
-            length = (lengths & up_to[room]).bit_length() - 1
+            length = lengths.bit_length() - 1
+            if length > room:
+                length = (lengths & ((2 << room) - 1)).bit_length() - 1  # bits 0..room
             if length < 0:  # none fits
                 if not lengths:
                     row[at:] = heapq.heappop(longer)[2][:room]

@@ -1,10 +1,15 @@
-"""Where a candidate is run: a fresh directory with pristine locked files, and a runner whose answer is checked."""
+"""Where a candidate is run: a fresh directory with pristine locked files, and a runner whose answer is checked.
+
+There is one such directory at a time, `<home>/<name>/{locked,candidate,scratch}`. It stays after a run, so that what
+is about to be kept can be verified in it, until the next run or `clear`; of each run only the logs are kept.
+"""
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -13,11 +18,14 @@ import pytest
 from . import supervise
 from .ledger import one_line
 from .lock import Snapshot
-from .records import SCHEMA, Result
+from .records import SCHEMA, TRUST, Result
 from .settings import Settings
 
 CHECK_TIMEOUT_S = 300.0  # the first import of a large library from a cold disk is slow
+DETERMINISM_TIMEOUT_S = 3_600.0  # one training and a dozen scorings
+LEAST_TIMEOUT_S = 120.0  # starting and scoring take their time however short the training is
 BUDGET_S = 300.0  # where neither the settings nor the runner name one
+FOLDERS = ("locked", "candidate", "scratch")
 
 
 def _ignore(event: dict[str, Any]) -> None:
@@ -31,10 +39,12 @@ class Terms:
     budget_s: float
     profile: str | None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    trust: str = ""  # that every run will have
+    verifies: bool = False  # the runner can look at a run once more before it is kept
 
 
 class Bench:
-    """Runs candidates one at a time below `home`; of each run only its log is kept."""
+    """Runs candidates one at a time below `home`."""
 
     def __init__(self, settings: Settings, lock: Snapshot, home: Path) -> None:
         self.settings = settings
@@ -44,19 +54,32 @@ class Bench:
 
     def check(self) -> Terms:
         """Ask the runner whether it can run at all; raise a UsageError with its one line when it cannot."""
-        outcome, log = self._call("check", {"op": "check"}, {}, CHECK_TIMEOUT_S, _ignore)
+        self.clear()
+        try:
+            outcome, log = self._call("check", "check", {}, CHECK_TIMEOUT_S, _ignore)
+        finally:
+            self.clear()
         if len(outcome.results) != 1 or outcome.results[0].get("status") == "crash":
             said = outcome.results[0] if outcome.results else {}
             reason = one_line(str(said.get("reason", ""))) or _last_line(log) or f"exit code {outcome.returncode}"
             raise pytest.UsageError(f"the runner {self.settings.runner[0]} failed its check: {reason} (see {log})")
         answer = outcome.results[0]
         _refuse_unusable(answer)
+        trust, require = str(answer.get("trust", "")), self.settings.require
+        if require is not None and _rank(trust) < _rank(require):
+            why = one_line(str(answer.get("trust_reason", "")))[:200] or "its documentation says what more trust needs"
+            raise pytest.UsageError(
+                f"--autoresearch-require: {require!r} is asked for, but the runner's runs here are "
+                f"{trust or 'of no stated trust'}: {why}"
+            )
         budget_s = self.settings.budget_s or answer.get("budget_s") or BUDGET_S
         profile, fingerprint = answer.get("profile"), answer.get("fingerprint")
         self.terms = Terms(
             budget_s=float(budget_s),
             profile=profile if isinstance(profile, str) else self.settings.profile,
             fingerprint=self._fingerprint(fingerprint),
+            trust=trust,
+            verifies=answer.get("verifies") is True,
         )
         return self.terms
 
@@ -66,66 +89,80 @@ class Bench:
         *,
         name: str,
         seed: int,
+        heldout: bool = False,
+        baseline: Mapping[str, Any] | None = None,
         on_event: Callable[[dict[str, Any]], None] = _ignore,
     ) -> Result:
-        """Run one candidate once and return what it is worth; raise a UsageError when nothing can be run here."""
-        timeout_s = self.settings.timeout_s or 2 * self.terms.budget_s
-        outcome, log = self._call(name, {"op": "run", "seed": seed}, files, timeout_s, on_event)
-        result = self._result(outcome, log, timeout_s)
-        if result.status == "ok" and result.fingerprint != self.terms.fingerprint:
-            before, after = self.terms.fingerprint, result.fingerprint
-            differ = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
-            reason = f"what scores are compared under changed since the check: {', '.join(differ)}"
-            return Result(status="crash", kind="fingerprint", reason=reason)
-        return result
+        """Run one candidate once and return what it is worth; raise a UsageError when nothing can be run here.
 
-    def _call(
+        `heldout` asks for the score on the second split too; `baseline` has the metrics of the first baseline.
+        """
+        self.clear()
+        asked = {"seed": seed, "heldout": heldout, "baseline": baseline}
+        return self._answer("run", name, files, on_event, asked, self._result)
+
+    def verify(
+        self, files: Mapping[str, bytes], result: Result, *, name: str, seed: int, baseline: Mapping[str, Any] | None
+    ) -> Result:
+        """Let the runner look once more, in its directory, at the last run; return `result` with what that added.
+
+        Its metrics are added to the run's, the score aside; what speaks against the run makes it a crash, which
+        keeps the run's metrics but has no score.
+        """
+        metric = self.settings.metric
+
+        def merged(said: Mapping[str, Any], log: Path) -> Result:
+            metrics = {**result.metrics, **_metrics(said), metric: result.metrics[metric]}
+            return replace(result, metrics=metrics)
+
+        asked = {"seed": seed, "score": result.score, "weights_sha256": result.weights_sha256, "baseline": baseline}
+        verified = self._answer("verify", name, files, _ignore, asked, merged)
+        if verified.status == "ok":
+            return verified
+        kind, reason, detail = verified.kind, verified.reason, verified.detail
+        return replace(result, status="crash", score=None, kind=kind, reason=reason, detail=detail)
+
+    def determinism(
+        self, files: Mapping[str, bytes], *, seed: int, on_event: Callable[[dict[str, Any]], None] = _ignore
+    ) -> list[dict[str, Any]] | Result:
+        """Let the runner show what repeats to the last bit; return its table, or the crash that it ended in.
+
+        A row has condition, value, difference, guarantee and holds.
+        """
+        self.clear()
+        rows: list[dict[str, Any]] = []
+
+        def table(said: Mapping[str, Any], log: Path) -> Result:
+            given = said.get("table")
+            whole = isinstance(given, list) and all(isinstance(row, dict) and "holds" in row for row in given)
+            if not given or not whole:
+                raise pytest.UsageError("the runner answered without a table of conditions: use a matching runner")
+            rows.extend(given)
+            return Result(status="ok")
+
+        result = self._answer("determinism", "determinism", files, on_event, {"seed": seed}, table)
+        return rows if result.status == "ok" else result
+
+    def clear(self) -> None:
+        """Remove every run directory but its logs, also those that a killed process left."""
+        for place in self.home.glob("*"):
+            for folder in FOLDERS:
+                _remove(place / folder)
+
+    def _answer(
         self,
+        op: str,
         name: str,
-        request: dict[str, Any],
         files: Mapping[str, bytes],
-        timeout_s: float,
         on_event: Callable[[dict[str, Any]], None],
-    ) -> tuple[supervise.Outcome, Path]:
-        place = self.home / name
-        shutil.rmtree(place, ignore_errors=True)
-        locked, candidate, scratch = place / "locked", place / "candidate", place / "scratch"
-        for folder in (locked, candidate, scratch):
-            folder.mkdir(parents=True)
-        self.lock.write(locked)
-        for path, content in files.items():
-            (candidate / path).parent.mkdir(parents=True, exist_ok=True)
-            (candidate / path).write_bytes(content)
-        message = {
-            "schema": SCHEMA,
-            "candidate": str(candidate),
-            "scratch": str(scratch),
-            "profile": self.settings.profile,
-            "budget_s": self.settings.budget_s,
-            **request,
-        }
-        env = supervise.clean_environment("PYTHON")
-        log = place / "run.log"
-        try:
-            return supervise.run(
-                self.settings.runner,
-                cwd=locked,
-                env={**env, "PYTHONPATH": str(locked), "PYTHONDONTWRITEBYTECODE": "1"},
-                stdin=json.dumps(message).encode() + b"\n",
-                log=log,
-                timeout_s=timeout_s,
-                on_event=on_event,
-            ), log
-        except FileNotFoundError as exc:
-            raise pytest.UsageError(f"autoresearch_runner: {exc}") from None
-        finally:
-            for folder in (locked, candidate, scratch):
-                shutil.rmtree(folder, ignore_errors=True)
+        asked: dict[str, Any],
+        read: Callable[[Mapping[str, Any], Path], Result],
+    ) -> Result:
+        """Return what `read` makes of the runner's one ok answer, or the crash that anything else is."""
+        timeout_s = DETERMINISM_TIMEOUT_S if op == "determinism" else max(LEAST_TIMEOUT_S, 2 * self.terms.budget_s)
+        timeout_s = self.settings.timeout_s or timeout_s
+        outcome, log = self._call(op, name, files, timeout_s, on_event, asked)
 
-    def _fingerprint(self, said: object) -> dict[str, Any]:
-        return {**(said if isinstance(said, dict) else {}), "locked_files": self.lock.digest}
-
-    def _result(self, outcome: supervise.Outcome, log: Path, timeout_s: float) -> Result:
         def crash(kind: str, reason: str) -> Result:
             return Result(status="crash", kind=kind, reason=reason, detail=supervise.tail(log))
 
@@ -145,30 +182,112 @@ class Bench:
             detail = str(said.get("detail") or "")[-8_000:] or supervise.tail(log)
             kind = one_line(str(said.get("kind") or "error"))[:40]
             return Result(status="crash", kind=kind, reason=reason or kind, detail=detail)
-        given = said.get("metrics")
-        metrics = {
-            str(name): value
-            for name, value in (given.items() if isinstance(given, dict) else ())
-            if isinstance(value, str) or _is_number(value)
+        result = read(said, log)
+        before, after = self.terms.fingerprint, self._fingerprint(said.get("fingerprint"))
+        if result.status == "ok" and op != "determinism" and after != before:
+            differ = sorted(key for key in {*before, *after} if before.get(key) != after.get(key))
+            return crash("fingerprint", f"what scores are compared under changed since the check: {', '.join(differ)}")
+        trust = one_line(str(said.get("trust", result.trust)))[:40]
+        if result.status == "ok" and op != "determinism" and _rank(trust) < _rank(self.terms.trust):
+            return crash("trust", f"trust {trust or 'not stated'}, but the check promised {self.terms.trust}")
+        return result
+
+    def _call(
+        self,
+        op: str,
+        name: str,
+        files: Mapping[str, bytes],
+        timeout_s: float,
+        on_event: Callable[[dict[str, Any]], None],
+        asked: Mapping[str, Any] | None = None,
+    ) -> tuple[supervise.Outcome, Path]:
+        place = self.home / name
+        locked, candidate, scratch = (place / folder for folder in FOLDERS)
+        log = place / ("verify.log" if op == "verify" else "run.log")
+        try:
+            for folder in (locked, candidate) if op == "verify" else (locked, candidate, scratch):
+                _remove(folder)
+                folder.mkdir(parents=True)
+            self.lock.write(locked)
+            for path, content in files.items():
+                (candidate / path).parent.mkdir(parents=True, exist_ok=True)
+                (candidate / path).write_bytes(content)
+        except OSError as exc:
+            raise pytest.UsageError(f"cannot make the run directory {place}: {exc.strerror}") from exc
+        message = {
+            "schema": SCHEMA,
+            "op": op,
+            "candidate": str(candidate),
+            "scratch": str(scratch),
+            "profile": self.settings.profile,
+            "budget_s": self.settings.budget_s,
+            **(asked or {}),
         }
+        env = supervise.clean_environment("PYTHON")
+        try:
+            return supervise.run(
+                self.settings.runner,
+                cwd=locked,
+                env={**env, "PYTHONPATH": str(locked), "PYTHONDONTWRITEBYTECODE": "1"},
+                stdin=json.dumps(message).encode() + b"\n",
+                log=log,
+                timeout_s=timeout_s,
+                on_event=on_event,
+            ), log
+        except FileNotFoundError as exc:
+            raise pytest.UsageError(f"autoresearch_runner: {exc}") from None
+
+    def _fingerprint(self, said: object) -> dict[str, Any]:
+        return {**(said if isinstance(said, dict) else {}), "locked_files": self.lock.digest}
+
+    def _result(self, said: Mapping[str, Any], log: Path) -> Result:
+        def crash(reason: str) -> Result:
+            return Result(status="crash", kind="score", reason=reason, detail=supervise.tail(log))
+
+        metrics = _metrics(said)
         score, memory_gb = metrics.get(self.settings.metric), said.get("memory_gb", 0.0)
         if not _is_number(score) or not score > 0:  # 0.0 is what a crash row says; it is never a score
+            given = said.get("metrics")
             raw = given.get(self.settings.metric) if isinstance(given, dict) else None
-            return crash("score", f"{self.settings.metric} = {one_line(repr(raw))[:60]} is not a positive number")
+            return crash(f"{self.settings.metric} = {one_line(repr(raw))[:60]} is not a positive number")
         if not _is_number(memory_gb) or memory_gb < 0:
-            return crash("score", f"memory_gb = {one_line(repr(memory_gb))[:60]} is not a size")
+            return crash(f"memory_gb = {one_line(repr(memory_gb))[:60]} is not a size")
         return Result(
             status="ok",
             score=float(score),
             memory_gb=float(memory_gb),
-            trust=str(said.get("trust", "")),
+            trust=one_line(str(said.get("trust", "")))[:40],
+            weights_sha256=one_line(str(said.get("weights_sha256", "")))[:64],
             metrics=metrics,
             fingerprint=self._fingerprint(said.get("fingerprint")),
         )
 
 
+def _metrics(said: Mapping[str, Any]) -> dict[str, float | int | str]:
+    given = said.get("metrics")
+    items = given.items() if isinstance(given, dict) else ()
+    return {str(name): value for name, value in items if isinstance(value, str) or _is_number(value)}
+
+
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rank(trust: str) -> int:
+    return TRUST.index(trust) if trust in TRUST else -1
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also one whose subfolders a candidate made read-only; a link is removed as such."""
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    elif folder.is_dir():
+        folder.chmod(0o700)
+    for top, names, _ in os.walk(folder):
+        for path in (Path(top, name) for name in names):
+            if not path.is_symlink():
+                path.chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_unusable(said: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from abc import ABC, abstractmethod
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
@@ -18,13 +18,13 @@ from . import nodes
 from . import settings as settings_
 from .ledger import LedgerError, candidate_of, champion_record
 from .lock import LockError
+from .mode import NAME, Mode
 from .records import Candidate
 from .report import terminal as report
 from .research import Research
 from .settings import Settings
 from .workspace import Workspace, WorkspaceError
 
-NAME = "autoresearch-mode"
 PATIENCE = 5  # refused proposals in a row that end a loop which has an end
 PAUSE_S, LONGEST_PAUSE_S = 0.05, 60.0  # after a refused proposal, doubled each time: never spin
 
@@ -44,13 +44,11 @@ def register(config: pytest.Config, mode: str) -> None:
     config.pluginmanager.register(plugin, NAME)
 
 
-class _Mode(ABC):
+class _Mode(Mode, ABC):
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
-        self.config = config
-        self.settings = settings
+        super().__init__(config, settings)
         self.research: Research | None = None
         self.ended = ""  # why the loop ended by itself
-        self._terminal: Any = None
 
     @abstractmethod
     def open(self) -> Workspace:
@@ -59,26 +57,6 @@ class _Mode(ABC):
     @abstractmethod
     def run(self, research: Research) -> None:
         """Run this mode's experiments."""
-
-    def say(self, line: str) -> None:
-        """Write one line to the terminal, above no live line."""
-        if self._terminal is not None:
-            capture = self.config.pluginmanager.getplugin("capturemanager")
-            with capture.global_and_fixture_disabled() if capture else nullcontext():
-                self._terminal.write_line(line)
-                self._terminal.flush()
-
-    def pytest_sessionstart(self) -> None:
-        """Take the terminal from pytest's line of letters: an experiment has a line of its own."""
-        self._terminal = self.config.pluginmanager.getplugin("terminalreporter")
-        if self._terminal is not None:
-            self._terminal.showfspath = False
-            self._terminal._show_progress_info = False
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collection(self) -> bool:
-        """Collect no tests."""
-        return True
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -103,9 +81,10 @@ class _Mode(ABC):
         settings, workspace, terms = self.settings, research.workspace, research.terms
         better = "lower" if settings.direction == "min" else "higher"
         profile = f", profile {terms.profile}" if terms.profile else ""
+        trust = f", trust: {terms.trust}" if terms.trust else ""
         where = "this checkout" if workspace.in_place else os.path.relpath(workspace.workdir, settings.root)
         self.say(f"autoresearch: branch {workspace.branch}, in {where}; changes {', '.join(settings.mutable)}")
-        self.say(f"  {settings.metric}, {better} is better; {terms.budget_s:g} s of training a run{profile}")
+        self.say(f"  {settings.metric}, {better} is better; {terms.budget_s:g} s of training a run{profile}{trust}")
         for line in research.repaired:
             self.say(f"  {line}")
         if differs := research.lock.changed(settings.root):
@@ -136,17 +115,15 @@ class _Mode(ABC):
         for line in report.table(shown, settings.metric, settings.direction, writer.fullwidth, writer.hasmarkup):
             terminal.write_line(line)
         self._claim(terminal, research)
+        for line in report.second_split(ledger.runs, settings.metric, settings.direction, research.terms.fingerprint):
+            terminal.write_line(line)
         if self.ended:
             terminal.write_line(f"ended: {self.ended}")
         self.next_steps(terminal, research, now)
 
     def _claim(self, terminal: Any, research: Research) -> None:
         scores, record = research.champion_scores(), champion_record(research.ledger.runs)
-        baselines = [
-            run["result"]["score"]
-            for run in research.ledger.runs
-            if run["kind"] == "baseline" and run["result"]["fingerprint"] == research.terms.fingerprint
-        ]
+        baselines = [run["result"]["score"] for run in research.known_baselines()]
         if not scores or not baselines or record is None:
             return
         metric = self.settings.metric
@@ -157,6 +134,9 @@ class _Mode(ABC):
             f"{metric}: baseline {start:.6f} (mean of {len(baselines)}, spread {spread:.6f}), champion {best:.6f} "
             f"({len(scores)} run{'s' * (len(scores) != 1)}, {record['commit'][:7]}): gain {gain:+.6f}"
         )
+        counted = [*research.known_baselines(), record]
+        trusts = {run["result"]["trust"] or "not stated" for run in counted}
+        terminal.write_line(f"  trust of these runs: {', '.join(sorted(trusts))}")
         if len(scores) < len(baselines):
             terminal.write_line("  a champion is picked for its score, so few runs flatter it")
 

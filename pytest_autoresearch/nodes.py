@@ -3,13 +3,18 @@
 import secrets
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from .lock import LockError, Snapshot
 from .records import Result, Verdict
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .bench import Bench
 
 HOOKS = "autoresearch-experiments"  # name of the registered ExperimentHooks
 
@@ -74,12 +79,18 @@ class ExperimentFile(pytest.File):
         yield Experiment.from_parent(self, name="run", trial=_run_once)
 
 
-def _run_once(item: Experiment) -> None:
-    from . import settings as settings_
-    from .bench import Bench
-    from .report.terminal import Live
+def run_item(session: pytest.Session, item: Experiment) -> None:
+    """Run an item that was not collected, by the ordinary protocol."""
+    session.items.append(item)
+    session.testscollected += 1
+    session.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
 
-    settings = settings_.read(item.config)
+
+@contextmanager
+def temporary_bench(settings: Settings) -> "Iterator[tuple[Bench, dict[str, bytes]]]":
+    """Yield a bench that passed its check, in a temporary folder, and the mutable files of the work tree."""
+    from .bench import Bench
+
     root = settings.root
     try:
         lock = Snapshot.take(root, settings.locked(root))
@@ -88,11 +99,18 @@ def _run_once(item: Experiment) -> None:
     with tempfile.TemporaryDirectory(prefix="autoresearch-") as home:
         bench = Bench(settings, lock, Path(home))
         bench.check()
-        files = {name: (root / name).read_bytes() for name in settings.mutable}
-        with Live(item.config, item.name, bench.terms.budget_s) as live:
-            result = bench.run(files, name="run", seed=secrets.randbits(31), on_event=live.event)
+        yield bench, {name: (root / name).read_bytes() for name in settings.mutable}
+
+
+def _run_once(item: Experiment) -> None:
+    from . import settings as settings_
+    from .report.terminal import Live
+
+    settings = settings_.read(item.config)
+    with temporary_bench(settings) as (bench, files), Live(item.config, item.name, bench.terms.budget_s) as live:
+        result = bench.run(files, name="run", seed=secrets.randbits(31), on_event=live.event)
     item.record(result)
-    if changed := lock.changed(root):
+    if changed := bench.lock.changed(settings.root):
         raise Crashed(f"locked files changed during the run: {', '.join(changed)}")
     if result.kind == "contract":
         raise pytest.UsageError(result.reason)

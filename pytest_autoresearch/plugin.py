@@ -1,7 +1,8 @@
 """The plugin's entry: options and on-demand registration. Costs nothing until one of its options or files is used.
 
-`--autoresearch-loop` and `--autoresearch-try` register a mode (loop.py); naming a mutable file on the command line
-collects it as an experiment instead of importing it (nodes.py). Nothing else here does anything.
+`--autoresearch-loop`, `--autoresearch-try` (loop.py) and `--autoresearch-determinism` register a mode; naming a mutable
+file on the command line collects it as an experiment instead of importing it (nodes.py). Nothing else here does
+anything.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,20 @@ OPTIONS = (
         "NAME",
         "set of constants the runner uses, such as tiny or climbmix (default: the runner chooses)",
     ),
+    (
+        "--autoresearch-require",
+        "TRUST",
+        "run nothing unless candidates are kept from their score at least this well: split (processes of their own) "
+        "or sealed (a sandbox too)",
+    ),
+    (
+        "--autoresearch-determinism",
+        None,
+        "train the mutable file once, score it under conditions that must not matter, and show what repeats to the "
+        "last bit: exit code 1 where a guarantee breaks",
+    ),
 )
+MODES = ("--autoresearch-loop", "--autoresearch-try", "--autoresearch-determinism")
 # name, type, default, help
 INI_KEYS: tuple[tuple[str, Any, Any, str], ...] = (
     ("autoresearch_metric", "string", "val_bpb", "name of the score among the runner's metrics"),
@@ -50,7 +64,7 @@ INI_KEYS: tuple[tuple[str, Any, Any, str], ...] = (
         "autoresearch_timeout_s",
         "float",
         None,
-        "seconds that one phase of a run may take before it is ended (default: twice the budget)",
+        "seconds that one phase of a run may take before it is ended (default: twice the budget, at least 120)",
     ),
     ("autoresearch_mutable", "linelist", ["train.py"], "files that experiments may change"),
     (
@@ -94,9 +108,9 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     used = [name for name, _, _ in OPTIONS if config.getoption(name.lstrip("-").replace("-", "_")) not in (None, False)]
-    modes = [name for name in used if name in ("--autoresearch-loop", "--autoresearch-try")]
-    if len(modes) == 2:
-        raise pytest.UsageError("--autoresearch-loop and --autoresearch-try exclude each other: give one of them")
+    modes = [name for name in used if name in MODES]
+    if len(modes) > 1:
+        raise pytest.UsageError(f"{' and '.join(modes)} exclude each other: give one of them")
     works_with = {
         "--autoresearch-max": ["--autoresearch-loop"],
         "--autoresearch-hours": ["--autoresearch-loop"],
@@ -108,8 +122,10 @@ def pytest_configure(config: pytest.Config) -> None:
             wanted = " or ".join(works_with[name])
             raise pytest.UsageError(f"{name} does nothing without {wanted}: add it, or remove {name}")
     if modes and not hasattr(config, "workerinput"):
-        from .loop import register
-
+        if modes[0] == "--autoresearch-determinism":
+            from .determinism import register
+        else:
+            from .loop import register
         register(config, modes[0])
 
 

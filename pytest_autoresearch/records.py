@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SCHEMA = 1  # version of the runner's messages and of the ledger's records
+TRUST = ("inproc", "split", "sealed")  # how far a candidate was kept from its score, least first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,8 @@ class Result:
     kind: str = ""  # of a crash: contract, error, timeout, diverged, ...
     reason: str = ""  # one line
     detail: str = ""  # the tail of the traceback or of the log
-    trust: str = ""  # inproc, split or sealed
+    trust: str = ""  # one of TRUST; empty where the runner does not say
+    weights_sha256: str = ""  # of what was trained and scored, where the runner says
     metrics: Mapping[str, float | int | str] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,6 +2,7 @@
 
 1. The candidate is a commit that no branch points to; its files are read back from the object database.
 2. It runs as a pytest item: `bench` runs it, the decide hook judges it, once more with a fresh seed if asked.
+   Where the runner verifies, it looks once more at what is to be kept.
 3. When its teardown is done, the locked files are compared again: neither a failed teardown nor a changed
    file lets a keep pass.
 4. The ledger has the record on disk; only then does git move.
@@ -18,10 +19,10 @@ from .bench import Bench
 from .gate import signature
 from .ledger import Ledger, candidate_of, one_line, result_of, results_tsv, run_record
 from .lock import Snapshot
-from .nodes import Crashed, Experiment, ExperimentFile
+from .nodes import Crashed, Experiment, ExperimentFile, run_item
 from .propose import NoProposal
 from .records import Candidate, Result, Verdict
-from .report.terminal import Live, outcome_line
+from .report.terminal import Live, gap_lines, outcome_line
 from .settings import Settings
 from .workspace import Workspace, WorkspaceError
 
@@ -79,7 +80,8 @@ class Research:
         files = self.workspace.files(candidate.commit)
 
         def trial(item: Experiment) -> None:
-            result = self._run(item, files, f"0000-{run}", seed)
+            result = self._run(item, files, f"0000-{run}", seed, heldout=True)
+            item.record(result)
             if result.status != "ok":
                 log = self.bench.home / f"0000-{run}" / "run.log"
                 raise pytest.UsageError(
@@ -95,6 +97,16 @@ class Research:
         )
         self.workspace.write_results(results_tsv(self.ledger.runs, self.settings.metric))
         self.say(f"  baseline {run}: {self.settings.metric} {result.score:.6f}")
+
+    def known_baselines(self) -> list[dict[str, Any]]:
+        """Return the records of all baselines under the present fingerprint, oldest first."""
+        return [
+            record
+            for record in self.ledger.runs
+            if record["kind"] == "baseline"
+            and record["result"]["status"] == "ok"
+            and record["result"]["fingerprint"] == self.terms.fingerprint
+        ]
 
     def propose(self, number: int, refused: Sequence[str]) -> Candidate | Refused:
         """Ask for one proposal; return it as a candidate, not run, or why it is none."""
@@ -177,12 +189,18 @@ class Research:
             item.user_properties += [("commit", candidate.commit), ("description", candidate.description)]
             while True:
                 run = len(results) + 1
+                seed = self.ledger.seed(number, run)
                 if forbidden:
                     result = Result(status="crash", kind="foreign", reason=forbidden)
                 else:
-                    result = self._run(item, files, f"{number:04d}-{run}", self.ledger.seed(number, run))
+                    result = self._run(item, files, f"{number:04d}-{run}", seed)
                 results.append(result)
                 item.verdict = self._decide(candidate, results)
+                if item.verdict.outcome == "keep" and self.terms.verifies:
+                    result = results[-1] = self._verify(item, files, f"{number:04d}-{run}", seed, result)
+                    if result.status != "ok":
+                        item.verdict = Verdict(outcome="crash", reason=result.reason)
+                item.record(result)
                 if item.verdict.outcome != "confirm":
                     break
                 self._append("experiment", candidate, run, result, item.verdict)
@@ -252,18 +270,34 @@ class Research:
         self.workspace.write_results(results_tsv(self.ledger.runs, metric))
         self.session.config.hook.pytest_autoresearch_finished(settings=self.settings, record=record)
         self.say(outcome_line(candidate, result, verdict, metric))
+        if verdict.outcome == "keep":
+            for line in gap_lines(self.ledger.runs, metric, self.settings.direction, self.terms.fingerprint)[-1:]:
+                self.say(f"       {line}")
 
-    def _run(self, item: Experiment, files: dict[str, bytes], name: str, seed: int) -> Result:
-        with Live(self.session.config, f"  {item.name:>3}", self.terms.budget_s) as live:
-            result = self.bench.run(files, name=name, seed=seed, on_event=live.event)
-        item.record(result)
-        return result
+    def _run(self, item: Experiment, files: dict[str, bytes], name: str, seed: int, heldout: bool = False) -> Result:
+        with self._live(item) as live:
+            return self.bench.run(
+                files, name=name, seed=seed, heldout=heldout, baseline=self._first_baseline(), on_event=live.event
+            )
+
+    def _verify(self, item: Experiment, files: dict[str, bytes], name: str, seed: int, result: Result) -> Result:
+        with self._live(item) as live:
+            live.event({"event": "phase", "phase": "verify"})
+            return self.bench.verify(files, result, name=name, seed=seed, baseline=self._first_baseline())
+
+    def _live(self, item: Experiment) -> Live:
+        return Live(self.session.config, f"  {item.name:>3}", self.terms.budget_s)
+
+    def _first_baseline(self) -> dict[str, Any] | None:
+        """Return the metrics of the first baseline under the present fingerprint."""
+        return next((record["result"]["metrics"] for record in self.known_baselines()), None)
 
     def _protocol(self, name: str, trial: Callable[[Experiment], None]) -> Experiment:
         item = Experiment.from_parent(self._file, name=name, trial=trial)
-        self.session.items.append(item)
-        self.session.testscollected += 1
-        self.session.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
+        try:
+            run_item(self.session, item)
+        finally:
+            self.bench.clear()
         return item
 
     def stop_if_asked(self) -> None:

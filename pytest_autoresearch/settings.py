@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import pytest
 
-from .records import Policy
+from .records import TRUST, Policy
 
 DEFAULT_IMMUTABLE = ("oracle", "tests/laws", "conftest.py", "program.md", "pyproject.toml")
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -25,7 +25,7 @@ class Settings:
     metric: str
     policy: Policy
     budget_s: float | None  # None: the runner's own
-    timeout_s: float | None  # None: twice the budget
+    timeout_s: float | None  # None: twice the budget, at least bench.LEAST_TIMEOUT_S
     mutable: tuple[str, ...]
     immutable: tuple[str, ...] | None  # None: those of DEFAULT_IMMUTABLE that exist
     runner: tuple[str, ...]
@@ -37,6 +37,7 @@ class Settings:
     program: str
     max_experiments: int | None
     hours: float | None
+    require: str | None  # trust below which nothing is run
 
     @property
     def direction(self) -> Literal["min", "max"]:
@@ -92,6 +93,7 @@ def read(config: pytest.Config) -> Settings:
         program=_path(config.getini("autoresearch_program"), "autoresearch_program"),
         max_experiments=_count(_given(config, "autoresearch_max"), "--autoresearch-max"),
         hours=_positive(_given(config, "autoresearch_hours"), "--autoresearch-hours"),
+        require=_trust(_given(config, "autoresearch_require")),
     )
 
 
@@ -184,6 +186,12 @@ def _count(value: str | None, source: str) -> int | None:
     if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) == 0:
         raise _bad(value, source, "a whole number, 1 or more")
     return int(value)
+
+
+def _trust(value: str | None) -> str | None:
+    if value is not None and value not in TRUST[1:]:
+        raise _bad(value, "--autoresearch-require", " or ".join(map(repr, reversed(TRUST[1:]))))
+    return value
 
 
 def _agent(command: str | None) -> tuple[str, ...] | None:

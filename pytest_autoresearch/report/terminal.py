@@ -1,18 +1,31 @@
 """The terminal: a live line for the run in progress, one line per experiment, and the closing table."""
 
 import io
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
+from .. import heldout
+from ..ledger import one_line
 from ..records import Candidate, Result, Verdict
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 MARKS = (0.25, 0.5, 0.75)  # of the budget: where a terminal that cannot rewrite its line gets a new one
 REWRITE_S = 0.2  # at most one rewrite in this time
+PHASES = {
+    "start": "starting",
+    "train": "training",
+    "score": "scoring",
+    "audit": "auditing",
+    "verify": "verifying what is to be kept",
+}
 
 
 class Live:
@@ -40,7 +53,7 @@ class Live:
     def event(self, event: Mapping[str, Any]) -> None:
         """Show one event of the runner; what it does not carry is left out."""
         if event.get("event") == "phase":
-            phase = {"start": "starting", "train": "training", "score": "scoring"}.get(str(event.get("phase")))
+            phase = PHASES.get(str(event.get("phase")))
             if phase == "scoring" and not self._rewrites:
                 self._write(f"{self._label}  scoring")
             elif phase:
@@ -58,6 +71,11 @@ class Live:
             value = event.get(name)
             return float(value) if isinstance(value, int | float) else None
 
+        scored, of = number("scored"), number("of")
+        if scored is not None and of is not None:
+            return 0.0, f"scored {scored:.0f} of {of:.0f} rows"
+        if "condition" in event:
+            return 0.0, f"scored: {one_line(str(event['condition']))}"
         elapsed_s, budget_s = number("elapsed_s") or 0.0, number("budget_s") or self._budget_s
         parts = [f"{elapsed_s:.0f} of {budget_s:.0f} s"]
         if (step := number("step")) is not None:
@@ -98,15 +116,13 @@ def outcome_line(candidate: Candidate, result: Result, verdict: Verdict, metric:
 
 def table(records: Sequence[Mapping[str, Any]], metric: str, direction: str, width: int, color: bool) -> list[str]:
     """Return the lines of the closing table: a row per baseline and per finished experiment, oldest first."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+    grid = _grid()
     for title, side in (("#", "right"), ("commit", "left"), (metric, "right"), ("gain", "right"), ("best", "right")):
         grid.add_column(title, justify=side, no_wrap=True)  # type: ignore[arg-type]
     grid.add_column("GB", justify="right", no_wrap=True)
+    grid.add_column("trust", no_wrap=True)
     grid.add_column("status", no_wrap=True)
     grid.add_column("description", ratio=1, overflow="fold")
     best: float | None = None
@@ -127,9 +143,66 @@ def table(records: Sequence[Mapping[str, Any]], metric: str, direction: str, wid
             "" if gain is None else f"{gain:+.6f}",
             "" if best is None else f"{best:.6f}",
             f"{result.get('memory_gb', 0.0):.1f}",
+            result.get("trust", ""),
             Text(outcome, style=style),
             Text(record["description"]),
         )
+    return _lines(grid, width, color)
+
+
+def gap_lines(
+    runs: Sequence[Mapping[str, Any]], metric: str, direction: str, fingerprint: Mapping[str, Any]
+) -> list[str]:
+    """Return a line for each keep: how its gap to the second split compares with the baselines'."""
+    lines = []
+    for gap in heldout.gaps(runs, metric, direction, fingerprint):
+        limit = "no noise known" if math.isinf(gap.limit) else f"noise explains {gap.limit:.6f}"
+        warning = "POSSIBLE CONTAMINATION: " if gap.suspicious else ""
+        lines.append(
+            f"{warning}experiment {gap.number}: gap to {heldout.name_of(metric)} {gap.gap:+.6f}, {gap.jump:+.6f} "
+            f"against the baselines ({limit})"
+        )
+    return lines
+
+
+def second_split(
+    runs: Sequence[Mapping[str, Any]], metric: str, direction: str, fingerprint: Mapping[str, Any]
+) -> list[str]:
+    """Return the closing lines on the second split: suspicious keeps, the last keep, looks at each split."""
+    looks = heldout.looks(runs, metric)
+    if not looks[heldout.name_of(metric)]:
+        return []
+    gaps = gap_lines(runs, metric, direction, fingerprint)
+    shown = [line for line in gaps[:-1] if line.startswith("POSSIBLE")] + gaps[-1:]
+    return [*shown, "looks at each split so far: " + ", ".join(f"{name} {count}" for name, count in looks.items())]
+
+
+def conditions(rows: Sequence[Mapping[str, Any]], width: int, color: bool) -> list[str]:
+    """Return the lines of the determinism table; scores are shown to the last bit."""
+    from rich.text import Text
+
+    grid = _grid()
+    for title in ("condition", "value", "difference", "guarantee", "holds"):
+        grid.add_column(title, justify="right" if title == "difference" else "left", overflow="fold")
+    for row in rows:
+        difference = row.get("difference")
+        number = f"{difference:.3g}" if isinstance(difference, int | float) else str(difference)
+        verdict = Text("yes", style="green") if row["holds"] else Text("NO", style="red")
+        words = [Text(str(row.get(name, ""))) for name in ("condition", "value", "guarantee")]
+        grid.add_row(words[0], words[1], number, words[2], verdict)
+    return _lines(grid, width, color)
+
+
+def _grid() -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+
+
+def _lines(grid: "Table", width: int, color: bool) -> list[str]:
+    from rich.console import Console
+
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=color, no_color=not color, legacy_windows=False)
     console.print(grid)

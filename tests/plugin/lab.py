@@ -49,8 +49,11 @@ if request["profile"] not in (None, "tiny", "big"):
     result("unusable", reason=f"unknown profile {request['profile']!r}: use tiny or big")
 if (Path.cwd() / "NO_DATA").exists():
     result("unusable", reason="no data for profile tiny: run `python -m oracle.prepare --profile tiny`")
+with open(os.environ["LAB_REQUESTS"], "a") as requests:
+    requests.write(json.dumps(request) + "\n")
 if request["op"] == "check":
-    result("ok", budget_s=30.0, profile="tiny", fingerprint=FINGERPRINT)
+    promises = json.loads(os.environ.get("LAB_PROMISES", "{}"))
+    result("ok", budget_s=30.0, profile="tiny", fingerprint=FINGERPRINT, **promises)
 source = (Path(request["candidate"]) / "train.py").read_text()
 constants = {}
 try:
@@ -60,6 +63,19 @@ try:
 except SyntaxError as exc:
     result("crash", kind="contract", reason=f"train.py line {exc.lineno}: {exc.msg}", detail="Traceback: SyntaxError")
 mode = constants["MODE"]
+weights = Path(request["scratch"]) / "weights"
+gap = (0.55 if mode == "learned" else 0.05) + request["seed"] % 1000 * 1e-6
+if request["op"] == "verify":
+    if mode == "cheat":
+        result("crash", kind="audit", reason="it looks ahead in row 3 at position 7")
+    assert weights.read_text() == request["weights_sha256"]
+    metrics = {"val_bpb": 0.1, "heldout_bpb": request["score"] + gap, "audit_rows": 512}
+    result("ok", metrics=metrics, trust="split", fingerprint=FINGERPRINT)
+if request["op"] == "determinism":
+    if mode == "crash":
+        result("crash", kind="error", reason="ValueError: too wide")
+    row = {"condition": "a fresh process", "value": (1.5).hex(), "difference": 0.0, "guarantee": "bit-equal"}
+    result("ok", table=[{**row, "holds": True}, {**row, "condition": "one thread", "holds": mode != "broken"}])
 print("training", mode, flush=True)
 say("phase", phase="start")
 say("phase", phase="train")
@@ -86,11 +102,15 @@ if mode == "meddle":
     Path(os.environ["LAB_MEDDLE"]).write_text("changed by the candidate\n")
 say("phase", phase="score")
 noise = request["seed"] % 1000 * 1e-7 if "NOISE" in constants else 0.0
-score = {"nan": float("nan"), "zero": 0.0, "negative": -1.0, "text": "1.0"}.get(mode)
+score = {"nan": float("nan"), "zero": 0.0, "negative": -1.0, "text": "1.0", "cheat": 0.9, "learned": 0.9}.get(mode)
 if score is None:
     score = 1.0 + abs(constants["RATE"] - 0.02) + abs(constants["WIDTH"] - 128) / 1000 + noise
-result("ok", metrics={"val_bpb": score, "num_steps": 7, "depth": 2}, memory_gb=constants.get("MEMORY", 0.5),
-       trust="split", fingerprint=FINGERPRINT)
+weights.write_text(f"weights {request['seed']}")
+metrics = {"val_bpb": score, "num_steps": 7, "depth": 2}
+if request["heldout"]:
+    metrics["heldout_bpb"] = score + gap
+result("ok", metrics=metrics, memory_gb=constants.get("MEMORY", 0.5), weights_sha256=weights.read_text(),
+       trust="inproc" if mode == "careless" else "split", fingerprint=FINGERPRINT)
 """
 
 PROPOSE = """\
@@ -150,6 +170,7 @@ class Lab:
             "HOME": str(home),
             "LAB_PIDS": str(home / "pids"),
             "LAB_PLAN": str(home / "plan"),
+            "LAB_REQUESTS": str(home / "requests"),
             "GIT_CONFIG_NOSYSTEM": "1",
         }
         lab.write("train.py", train)
@@ -238,6 +259,20 @@ class Lab:
         if not path.exists():
             return []
         return [record for record in map(json.loads, path.read_text().splitlines()) if record["type"] == "run"]
+
+    def promise(self, **given: Any) -> None:
+        """Let the runner's check say this too."""
+        self.env["LAB_PROMISES"] = json.dumps(given)
+
+    def requests(self, op: str) -> list[dict[str, Any]]:
+        """Return what the runner was asked to do."""
+        lines = Path(self.env["LAB_REQUESTS"]).read_text().splitlines()
+        return [request for request in map(json.loads, lines) if request["op"] == op]
+
+    @property
+    def folders(self) -> set[str]:
+        """Return what is left in the run directories."""
+        return {path.name for path in self.top.glob(".git/autoresearch/lab/runs/*/*")}
 
     @property
     def verdicts(self) -> list[str]:

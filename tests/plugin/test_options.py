@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import pytest_autoresearch.loop  # noqa: F401 - for good: a pytest run in this process forgets what it imports
 from pytest_autoresearch import hookspecs, ledger, plugin
-from tests.plugin.lab import TRAIN, Lab
+from tests.plugin.lab import TRAIN, Lab, Night
 
 LOOP = ("--autoresearch-loop", "--autoresearch-tag=lab", "--autoresearch-max=1")
 
@@ -25,6 +26,8 @@ def test_the_surface_is_frozen() -> None:
         "--autoresearch-tag",
         "--autoresearch-agent",
         "--autoresearch-profile",
+        "--autoresearch-require",
+        "--autoresearch-determinism",
     ]
     assert {name: default for name, _, default, _ in plugin.INI_KEYS} == {
         "autoresearch_metric": "val_bpb",
@@ -41,7 +44,9 @@ def test_the_surface_is_frozen() -> None:
         "autoresearch_agent_timeout_s": 900.0,
         "autoresearch_program": "program.md",
     }
-    hooks = {name: list(inspect.signature(f).parameters) for name, f in vars(hookspecs).items() if "pytest_" in name}
+    hooks = {
+        name: list(inspect.signature(f).parameters) for name, f in vars(hookspecs).items() if name.startswith("pytest_")
+    }
     assert hooks == {
         "pytest_autoresearch_propose": ["settings", "workdir", "history", "number", "seed", "refused"],
         "pytest_autoresearch_decide": ["standing", "runs", "lines_added", "policy"],
@@ -59,6 +64,11 @@ def test_the_surface_is_frozen() -> None:
         (("--autoresearch-tag=a", "train.py"), "--autoresearch-tag does nothing without --autoresearch-loop or"),
         (("--autoresearch-try=x", "--autoresearch-max=3"), "--autoresearch-max does nothing without"),
         (("--autoresearch-try=x", "--autoresearch-loop"), "exclude each other"),
+        (("--autoresearch-determinism", "--autoresearch-loop"), "exclude each other"),
+        (("--autoresearch-determinism", "--autoresearch-tag=x"), "--autoresearch-tag does nothing without"),
+        (("--autoresearch-determinism", "--collect-only"), "cannot be combined with --collect-only"),
+        ((*LOOP, "--autoresearch-require=inproc"), "--autoresearch-require: 'inproc' is not 'sealed' or 'split'"),
+        ((*LOOP, "--autoresearch-require=split"), "runner's runs here are of no stated trust"),
         (("--autoresearch-loop", "--autoresearch-max=0"), "--autoresearch-max: '0' is not a whole number, 1 or more"),
         (("--autoresearch-loop", "--autoresearch-max=many"), "--autoresearch-max: 'many'"),
         (("--autoresearch-loop", "--autoresearch-hours=nan"), "--autoresearch-hours: 'nan' is not a number above 0"),
@@ -85,8 +95,14 @@ def test_the_surface_is_frozen() -> None:
         (("train.py", "--autoresearch-profile=huge"), "unknown profile 'huge': use tiny or big"),
     ],
 )
-def test_bad_input_is_one_line(bench: Lab, args: tuple[str, ...], says: str) -> None:
-    night = bench.pytest(*args)
+def test_bad_input_is_one_line(
+    bench: Lab, args: tuple[str, ...], says: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bench.root)
+    for name, value in {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **bench.env}.items():
+        monkeypatch.setenv(name, value)
+    done = pytester.runpytest_inprocess("-p", "pytest_autoresearch.plugin", "-p", "no:cacheprovider", *args)
+    night = Night(code=int(done.ret), out="\n".join([*done.outlines, *done.errlines]))
     assert night.code == 4, night.out
     assert says in night.error
     assert bench.runs == []

@@ -1,47 +1,21 @@
 """Proves that `supervise.run` reports what a command did and leaves no process behind, however it ends.
 
-Needs real processes and signals; orphans that change session are followed on Linux only.
+Needs real processes; orphans that change session are followed on Linux only. All ways to end are tried on all kinds of
+trees in tests/processes/test_matrix.py.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pytest_autoresearch import _supervisor, supervise
-from tests.plugin.lab import survivors, until
+from tests.plugin.lab import survivors
+from tests.plugin.trees import LEFT_BEHIND, environment, named
 
-# Each writes the pid of the process that is hard to end, then blocks.
-BLOCK = "import signal, time; [time.sleep(600) for _ in iter(int, 1)]"
-REPORT = "open(os.environ['PIDS'], 'a').write(f'{child}\\n')"
-TREES = {
-    "child": f"import os; child = os.getpid(); {REPORT}; {BLOCK}",
-    "deaf grandchild": (
-        "import os, signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-        f"child = subprocess.Popen([sys.executable, '-c', {BLOCK!r}]).pid; {REPORT}; {BLOCK}"
-    ),
-    "new session": (
-        "import os, subprocess, sys; "
-        f"child = subprocess.Popen([sys.executable, '-c', {BLOCK!r}], start_new_session=True).pid; {REPORT}; {BLOCK}"
-    ),
-    "double fork": (
-        "import os, signal\n"
-        "if os.fork() == 0:\n"
-        "    os.setsid()\n"
-        f"    child = os.fork() or os.getpid(); {REPORT}\n"
-        "signal.pause()"
-    ),
-    "left behind": (
-        "import os, subprocess, sys; "
-        f"child = subprocess.Popen([sys.executable, '-c', {BLOCK!r}], start_new_session=True).pid; {REPORT}"
-    ),
-}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
 
 
@@ -53,7 +27,7 @@ def call(tmp_path: Path) -> Callable[..., supervise.Outcome]:
         return supervise.run(
             [sys.executable, "-c", code],
             cwd=tmp_path,
-            env={**os.environ, "PIDS": str(tmp_path / "pids")},
+            env=environment(tmp_path),
             stdin=stdin,
             log=tmp_path / "run.log",
             timeout_s=timeout_s,
@@ -63,59 +37,17 @@ def call(tmp_path: Path) -> Callable[..., supervise.Outcome]:
     return run
 
 
-def named(folder: Path) -> list[psutil.Process]:
-    """Return the processes that a tree named and that still exist."""
-    pids = [int(pid) for pid in (folder / "pids").read_text().split()]
-    return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-
-
 @linux
-@pytest.mark.parametrize("tree", TREES)
-def test_deadline_ends_the_whole_tree(call: Callable[..., supervise.Outcome], tmp_path: Path, tree: str) -> None:
-    outcome = call(TREES[tree], timeout_s=1.5)
-    assert outcome.timed_out == (tree != "left behind")
-    assert not outcome.survivors
-    assert (tmp_path / "pids").read_text()
-    assert named(tmp_path) == []
-
-
-PARENT = """
-import os, sys
-from pathlib import Path
-from pytest_autoresearch import supervise
-supervise.run([sys.executable, "-c", os.environ["TREE"]], cwd=Path.cwd(), env=dict(os.environ), stdin=b"",
-              log=Path("run.log"), timeout_s=600)
-"""
-
-
-@linux
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGKILL"])
-@pytest.mark.parametrize("tree", ["deaf grandchild", "double fork"])
-def test_death_of_the_parent_ends_the_whole_tree(tmp_path: Path, tree: str, number: str) -> None:
-    import signal
-
-    root = Path(supervise.__file__).parents[1]
-    env = {**os.environ, "PIDS": str(tmp_path / "pids"), "TREE": TREES[tree], "PYTHONPATH": str(root)}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT],
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with parent:
-        until(parent, lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().endswith("\n"))
-        below = [*psutil.Process(parent.pid).children(recursive=True), *named(tmp_path)]
-        parent.send_signal(signal.Signals[number])
-        assert parent.wait(60) != 0
-        assert survivors(below) == []
+def test_what_a_command_leaves_behind_is_ended(call: Callable[..., supervise.Outcome], tmp_path: Path) -> None:
+    outcome = call(LEFT_BEHIND)
+    assert (outcome.timed_out, outcome.returncode, outcome.survivors) == (False, 0, ())
+    assert (tmp_path / "pids").read_text() and named(tmp_path) == []
 
 
 @linux
 def test_killed_supervisor_takes_everything_with_it(call: Callable[..., supervise.Outcome], tmp_path: Path) -> None:
     kill = "; import signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
-    outcome = call(TREES["left behind"] + kill)
+    outcome = call(LEFT_BEHIND + kill)
     assert (outcome.returncode, outcome.timed_out, outcome.survivors) == (None, False, ())
     assert (tmp_path / "pids").read_text() and survivors(named(tmp_path)) == []
 

@@ -54,6 +54,7 @@ def settings(root: Path) -> Settings:
         program="program.md",
         max_experiments=None,
         hours=None,
+        require=None,
     )
 
 

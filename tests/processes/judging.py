@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,17 @@ class Judged:
     scratch: Path
 
 
-def judge(directory: Path, cache: Path, source: str = "", **request: Any) -> Judged:
-    """Judge `source` as train.py in fresh directories below `directory`."""
+def judge(
+    directory: Path,
+    cache: Path,
+    source: str = "",
+    python: Sequence[str] = ("-m", "oracle.judge"),
+    **request: Any,
+) -> Judged:
+    """Judge `source` as train.py in directories below `directory`; `python` starts another judge."""
     candidate, scratch = directory / "candidate", directory / "scratch"
-    candidate.mkdir(parents=True)
-    scratch.mkdir()
+    candidate.mkdir(parents=True, exist_ok=True)  # verify follows a run in the same place
+    scratch.mkdir(exist_ok=True)
     (candidate / "train.py").write_text(source)
     order = {
         "schema": 1,
@@ -61,7 +68,7 @@ def judge(directory: Path, cache: Path, source: str = "", **request: Any) -> Jud
     }
     with (directory / "run.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "oracle.judge"],
+            [sys.executable, "-P", *python],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
+from oracle import sandbox
 from tests.processes.judging import Judged, judge
 
 HONEST = """
@@ -69,19 +70,19 @@ def test_an_honest_candidate_is_scored(judged: Callable[..., Judged], cache: Pat
     run = judged(HONEST)
     result = run.result
     assert result["status"] == "ok", result
-    assert result["trust"] == "split"
+    assert result["trust"] == sandbox.trust()
     metrics = result["metrics"]
     assert 0.5 < metrics["val_bpb"] < uniform_bpb(cache)
     assert metrics["num_steps"] == run.log.count("step ") > 0
     assert metrics["total_tokens_M"] == metrics["num_steps"] * 8 * 256 / 1e6
     assert metrics["num_params_M"] == 1024**2 / 1e6
     assert 0.5 <= metrics["training_seconds"] < metrics["total_seconds"]
-    assert [e["phase"] for e in run.events if e["event"] == "phase"] == ["start", "train", "score"]
+    assert [e["phase"] for e in run.events if e["event"] == "phase"] == ["start", "train", "score", "audit"]
     assert {"elapsed_s", "budget_s", "step", "loss", "tokens_per_s"} <= set(
         next(e for e in run.events if e["event"] == "progress")
     )
     assert result["fingerprint"]["profile"] == "tiny"
-    assert list(run.scratch.iterdir()) == []
+    assert (run.scratch / "trainer/weights.safetensors").is_file()  # kept until the verdict
 
 
 def test_a_uniform_model_scores_log2_of_the_vocabulary_whatever_it_prints(
