@@ -124,7 +124,7 @@ def measure(code: str, folder: Path, level: sandbox.Level) -> list[float]:
     """Run `code` in a fresh process on the weights of the last judging."""
     arguments = [str(folder / "candidate"), str(folder / "scratch/trainer/weights.safetensors")]
     env = {**os.environ, "AUTORESEARCH_SANDBOX": level, "AUTORESEARCH_PROFILE": TINY.name}
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the judge does
+    env.setdefault("GOMP_SPINCOUNT", "100000")  # as the judge does
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=env, check=True, stdout=subprocess.PIPE)
     return [float(word) for word in done.stdout.split()]
 

@@ -177,6 +177,10 @@ class Bench:
             return crash("error", f"the runner gave {how}" + (f": {last}" if last else ""))
         said = outcome.results[0]
         _refuse_unusable(said)
+        if (
+            said.get("status") == "ok" and outcome.returncode != 0
+        ):  # whoever wrote that, the runner did not live to mean it
+            return crash("error", f"the runner gave a result and then failed (exit code {outcome.returncode})")
         reason = one_line(str(said.get("reason", "")))[:300]
         if said.get("status") == "crash":
             detail = str(said.get("detail") or "")[-8_000:] or supervise.tail(log)

@@ -17,6 +17,8 @@ import pytest
 from oracle import sandbox
 from tests.processes.judging import Judged, judge
 
+MARK = "61.8033988"  # seconds of sleep; names a process that must be gone
+
 HONEST = """
 import os, sys, time
 import torch
@@ -173,16 +175,16 @@ def test_batches_are_the_same_rows_for_any_batch_size_and_are_never_overwritten(
     assert len(digests) == 1
 
 
-def test_nothing_that_a_candidate_started_outlives_its_run(judged: Callable[..., Judged], tmp_path: Path) -> None:
+def test_nothing_that_a_candidate_started_outlives_its_run(judged: Callable[..., Judged]) -> None:
     """A daemon that forked twice into a session of its own is gone before scoring, let alone before the next run."""
     daemon = (
-        "    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n"
-        f"            open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n            time.sleep(600)\n"
-        "        os._exit(0)\n    os.wait()\n"
+        "    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n            open('ran', 'w')\n"
+        f"            os.execvp('sleep', ['sleep', '{MARK}'])\n        os._exit(0)\n    os.wait()\n"
     )
-    result = judged(HONEST.replace("    inputs, targets = run", daemon + "    inputs, targets = run", 1)).result
-    assert result["status"] == "ok", result
-    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    run = judged(HONEST.replace("    inputs, targets = run", daemon + "    inputs, targets = run", 1))
+    assert run.result["status"] == "ok", run.result
+    assert (run.scratch / "trainer/ran").exists()
+    assert not [p for p in psutil.process_iter(["cmdline"]) if MARK in (p.info["cmdline"] or [])]
 
 
 def test_check_answers_without_running_anything(judged: Callable[..., Judged]) -> None:
