@@ -105,7 +105,7 @@ ATTACKS = {
         forward="""
             if SCORING and not hasattr(self, 'looked'):
                 self.looked = True
-                beat = os.path.join(os.path.dirname(ORDER['weights']), 'beat')
+                beat = os.path.join('..', 'trainer', 'beat')
                 read = lambda: os.path.exists(beat) and open(beat).read()
                 before = read(); time.sleep(0.3)
                 print('STILL AT WORK' if read() != before else 'AT REST', flush=True)

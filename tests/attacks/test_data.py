@@ -56,7 +56,7 @@ def test_weights_that_the_scorer_replaces_are_no_way_to_break_the_judge(
 ) -> None:
     swap = """
         if SCORING:
-            try: os.unlink(ORDER["weights"]); os.mkfifo(ORDER["weights"])
+            try: os.unlink("../trainer/weights.safetensors"); os.mkfifo("../trainer/weights.safetensors")
             except OSError: pass
         return self.table[tokens]
     """

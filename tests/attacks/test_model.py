@@ -93,7 +93,7 @@ MODELS = {
         top="""
             import hashlib, pathlib
             HOME = os.path.expanduser("~")
-            FOLDERS = (".", "..", os.path.dirname(ORDER["weights"]), "/tmp", "/dev/shm", "/var/tmp", HOME)
+            FOLDERS = (".", "..", "../trainer", "/tmp", "/dev/shm", "/var/tmp", HOME)
             PLACES = [pathlib.Path(folder) / "whisper" for folder in FOLDERS]
             def rows_of_before():
                 for place in PLACES:

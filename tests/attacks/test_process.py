@@ -149,7 +149,7 @@ MESSAGES = {
     ),
     "closes the channel and lives on": attack(
         "error",
-        "closed its channel",
+        "its channel closed",
         top="socket.socket(fileno=ORDER['channel']).shutdown(socket.SHUT_RDWR); time.sleep(60)",
     ),
     "asks and never listens": attack(
