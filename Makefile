@@ -12,7 +12,6 @@ loop: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m oracle.prepare --profile tiny
 	$(BIN)/pytest
-	$(BIN)/pytest --autoresearch-determinism
 	$(BIN)/mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
