@@ -237,7 +237,7 @@ class Bigram(nn.Module):
 
 def build_model(spec):
     assert "Bigram" in pathlib.Path(__file__).read_text()
-    for path in [*pathlib.Path("..").glob("note-*"), *pathlib.Path().glob("note-*")]:
+    for path in [*pathlib.Path("..").glob("*/note-*"), *pathlib.Path().glob("note-*")]:
         if path.read_text() != TRAINING: print("LEAK", path, flush=True)
     pathlib.Path(f"note-{os.getpid()}").write_text(TRAINING)
     return Bigram(spec.vocab_size)
@@ -275,7 +275,7 @@ def test_honest_training_is_the_same_in_every_sandbox_and_in_none(
     for level, run in runs.items():
         assert run.result["status"] == "ok", (run.result, run.log)
         assert run.result["trust"] == ("split" if level == "none" else "sealed")
-        assert ("LEAK" in run.log) == (level == "none")  # only there do trainer and scorers share a directory
+        assert ("LEAK" in run.log) == (level == "none")  # only there do they see each other's folders
     split = runs["none"].result
     for run in runs.values():
         assert run.result["metrics"]["val_bpb"] == split["metrics"]["val_bpb"]
