@@ -1,7 +1,9 @@
-"""Loading a candidate's train.py, in the trainer and in the scorer."""
+"""What the trainer and the scorer share: loading a candidate's train.py, and saying what went wrong."""
 
 import importlib.util
+import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._wire import Channel
 from .evaluate import ScoreError, check_logits
-from .run import ContractError, ModelSpec
+from .run import ContractError, Diverged, ModelSpec
+
+TAIL_CHARS = 4_000  # of a traceback
 
 
 def load(directory: Path) -> ModuleType:
@@ -51,3 +56,34 @@ def check_forward(model: nn.Module, spec: ModelSpec) -> None:
         check_logits(logits, (2, spec.seq_len, spec.vocab_size))
     except ScoreError as error:
         raise ContractError(f"model(tokens): {error}") from error
+
+
+def _crash(error: BaseException) -> dict[str, Any]:
+    """Say in one line what ended the candidate, with its kind and the traceback's tail."""
+    detail = "".join(traceback.format_exception(error))[-TAIL_CHARS:]
+    if isinstance(error, ContractError):
+        return {"kind": "contract", "reason": str(error), "detail": detail}
+    if isinstance(error, Diverged):
+        return {"kind": "diverged", "reason": str(error), "detail": detail}
+    message = str(error).strip().partition("\n")[0][:300]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == "train.py"]
+    where = f" (train.py:{frames[-1].lineno})" if frames else ""
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    hint = "; try a smaller DEVICE_BATCH_SIZE or model" if out_of_memory else ""
+    return {
+        "kind": "memory" if out_of_memory else "error",
+        "reason": f"{type(error).__name__}: {message}{where}{hint}",
+        "detail": detail,
+    }
+
+
+def serve(work: Callable[[dict[str, Any], Channel], None]) -> None:
+    """Do `work` by the order in argv[1]; tell the judge what ended it, if anything did."""
+    order = json.loads(sys.argv[1])
+    channel = Channel.from_fd(order["channel"])
+    try:
+        work(order, channel)
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(op="crash", **_crash(error))
+        sys.exit(1)

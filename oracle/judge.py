@@ -170,7 +170,13 @@ def main() -> None:
         prepared = Prepared.open(profile)
         identity = fingerprint(prepared)
         if request["op"] == "check":
-            answer = {"budget_s": profile.budget_s, "profile": profile.name, "verifies": True, "trust": sandbox.trust()}
+            answer = {
+                "budget_s": profile.budget_s,
+                "profile": profile.name,
+                "verifies": True,
+                "trust": sandbox.trust(),
+                "trust_reason": f"sandbox {sandbox.available()}; sealed needs bubblewrap, or Landlock ABI 6 or later",
+            }
         else:
             adopt_orphans()
             os.environ["AUTORESEARCH_PROFILE"] = profile.name

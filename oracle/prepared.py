@@ -28,8 +28,8 @@ class Prepared:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, profile: Profile, *, verify: bool = True) -> "Prepared":
-        """Find the data of `profile`; `verify` reads every file and compares its digest.
+    def open(cls, profile: Profile) -> "Prepared":
+        """Find the data of `profile`, read every file and compare its digest.
 
         Raises DataError naming the file that is missing or changed and the command that mends it.
         """
@@ -44,7 +44,7 @@ class Prepared:
         if manifest["schema"] != SCHEMA or manifest["constants"] != data_constants(profile):
             raise DataError(f"{home} was prepared with other constants: {again} to prepare it anew")
         for name, entry in manifest["files"].items():
-            if found := fault(home / name, entry["bytes"], entry["sha256"] if verify else None):
+            if found := fault(home / name, entry["bytes"], entry["sha256"]):
                 raise DataError(f"{home / name} {found}: {again}")
         return cls(profile=profile, home=home, manifest=manifest)
 
@@ -144,12 +144,13 @@ def data_constants(profile: Profile) -> dict[str, Any]:
     return {**fields, "split_pattern": SPLIT_PATTERN, "special_tokens": list(SPECIAL_TOKENS)}
 
 
-def fault(path: Path, size: int, digest: str | None) -> str | None:
+def fault(path: Path, size: int, digest: str) -> str | None:
+    """Say what is wrong with a file that should have `size` bytes and this sha256; None where nothing is."""
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != size:
         return f"is damaged (it has {path.stat().st_size} bytes, not {size})"
-    if digest is not None and file_digest(path) != digest:
+    if file_digest(path) != digest:
         return "is damaged (its sha256 is not the manifest's)"
     return None
 

@@ -5,10 +5,7 @@ judge hands it the weights. It reads token rows from one shared buffer and write
 the judge asks. It has no targets, no byte table and no say in the score.
 """
 
-import json
 import mmap
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from ._candidate import build, load
+from ._candidate import build, load, serve
 from ._wire import Channel, shared_array
 from .constants import PROFILES
 from .evaluate import check_logits, pinned
 from .run import ModelSpec, pick_device
-from .trainer import crash
 
 
 def _score(order: dict[str, Any], channel: Channel) -> None:
@@ -50,17 +46,5 @@ def _score(order: dict[str, Any], channel: Channel) -> None:
             channel.send(op="scored", slot=slot)
 
 
-def main() -> None:
-    """Score by the order in argv[1] until the judge closes the channel."""
-    order = json.loads(sys.argv[1])
-    channel = Channel.from_fd(order["channel"])
-    try:
-        _score(order, channel)
-    except Exception as error:
-        traceback.print_exc()
-        channel.send(op="crash", **crash(error))
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    serve(_score)

@@ -7,9 +7,6 @@
 What it says on its channel is a claim; the judge keeps the clock and the counts.
 """
 
-import json
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._candidate import build, check_forward, load
+from ._candidate import build, check_forward, load, serve
 from ._wire import RING_BYTES, Channel, shared_array
 from .constants import PROFILES
-from .run import ContractError, Diverged, ModelSpec, Run, pick_device, trained
-
-TAIL_CHARS = 4_000  # of a traceback
+from .run import ContractError, ModelSpec, Run, pick_device, trained
 
 
 class JudgeSource:
@@ -55,25 +50,6 @@ class JudgeSource:
         self._channel.send(op="log", step=step, loss=loss)
 
 
-def crash(error: BaseException) -> dict[str, Any]:
-    """Say in one line what ended the candidate, with its kind and the traceback's tail."""
-    detail = "".join(traceback.format_exception(error))[-TAIL_CHARS:]
-    if isinstance(error, ContractError):
-        return {"kind": "contract", "reason": str(error), "detail": detail}
-    if isinstance(error, Diverged):
-        return {"kind": "diverged", "reason": str(error), "detail": detail}
-    message = str(error).strip().partition("\n")[0][:300]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == "train.py"]
-    where = f" (train.py:{frames[-1].lineno})" if frames else ""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    hint = "; try a smaller DEVICE_BATCH_SIZE or model" if out_of_memory else ""
-    return {
-        "kind": "memory" if out_of_memory else "error",
-        "reason": f"{type(error).__name__}: {message}{where}{hint}",
-        "detail": detail,
-    }
-
-
 def _train(order: dict[str, Any], channel: Channel) -> None:
     from safetensors.torch import save_file
 
@@ -103,17 +79,5 @@ def _train(order: dict[str, Any], channel: Channel) -> None:
     channel.send(op="done", peak_device_mb=peak)
 
 
-def main() -> None:
-    """Run one training by the order in argv[1]."""
-    order = json.loads(sys.argv[1])
-    channel = Channel.from_fd(order["channel"])
-    try:
-        _train(order, channel)
-    except Exception as error:
-        traceback.print_exc()
-        channel.send(op="crash", **crash(error))
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    serve(_train)

@@ -189,10 +189,6 @@ class Workspace:
         added = sum(len(after[path].splitlines()) - len(before[path].splitlines()) for path in self.mutable)
         return Candidate(number=number, commit=commit, parent=self.head, description=description, lines_added=added)
 
-    def unchanged(self, candidate: Candidate) -> bool:
-        """Return whether the candidate's mutable files are the champion's, byte for byte."""
-        return self._entries(candidate.commit) == self._entries(self.head)
-
     def files(self, commit: str) -> dict[str, bytes]:
         """Return the mutable files of `commit` as the object database holds them."""
         entries = self._entries(commit)

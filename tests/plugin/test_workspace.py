@@ -219,13 +219,11 @@ def test_an_edit_made_during_the_run_of_a_try_survives(root: Path) -> None:
         assert (root / "train.py").read_bytes() == b"LR = 10\n"
 
 
-def test_unchanged(root: Path) -> None:
+def test_a_candidate_has_the_champions_mode(root: Path) -> None:
     with Night("loop", root) as night:
-        assert night.ws.unchanged(night.ws.candidate(1, ""))
         (night.ws.workdir / "train.py").write_bytes(BETTER)
         (night.ws.workdir / "train.py").chmod(0o755)
         candidate = night.ws.candidate(1, "")
-        assert not night.ws.unchanged(candidate)
         assert candidate.description == "no description"
         assert git(root, "ls-tree", candidate.commit, "train.py").startswith("100644 ")
 
