@@ -14,4 +14,4 @@ def machine(*packages: str) -> str:
         names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}" + f", {versions}" * bool(versions)

@@ -19,6 +19,7 @@ from ._wire import Channel
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 REASON_CHARS = 300  # of a crash
+OUT_OF_MEMORY = "signal 9, from a system that is out of memory"
 GOODBYE_S = 10.0  # for a process to end that has nothing left to do
 
 
@@ -60,12 +61,28 @@ def _reap() -> None:
 
 
 class Crash(Exception):
-    """The candidate failed; `kind`, a reason (made one short line: it may be the candidate's), the traceback's tail."""
+    """A run without a score; `kind`, a reason (made one short line: it may be the candidate's), the traceback's tail.
+
+    Kinds killed, disk and busy are the machine's failures; they rest on what the judge saw, never on a process's word.
+    """
 
     def __init__(self, kind: str, reason: str, detail: str = "") -> None:
         super().__init__(" ".join(reason.split())[:REASON_CHARS])
         self.kind = kind
         self.detail = detail
+
+
+def memory_kills() -> int:
+    """Return a count that grows whenever Linux kills a process for want of memory, here or in this control group."""
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = next((group / line[3:].lstrip("/") for line in lines if line.startswith("0::")), group)
+    count = 0
+    for path in (Path("/proc/vmstat"), group / "memory.events"):  # a container may show only one of them
+        with contextlib.suppress(OSError):
+            count += sum(int(s.split()[1]) for s in path.read_text().splitlines() if s.startswith("oom_kill "))
+    return count
 
 
 _running: set[int] = set()  # process ids of the children that have not been ended
@@ -82,6 +99,7 @@ class Child:
         self, module: str, *, cwd: Path, readable: Sequence[Path], fds: Sequence[int], order: dict[str, Any]
     ) -> None:
         self._level = sandbox.available()
+        self._memory_kills = memory_kills()
         ours, theirs = socket.socketpair()
         order = {**order, "channel": theirs.fileno()}
         command = [sys.executable, "-P", "-m", f"oracle.{module}", json.dumps(order)]
@@ -97,8 +115,18 @@ class Child:
         self.channel = Channel(ours)
         _running.add(self.process.pid)
 
-    def ending(self) -> str:
-        """Say how the process ended, which has closed its channel: `exit code 1`, `signal 9`."""
+    def crash(self, kind: str, reason: str) -> Crash:
+        """Return the crash of a process that has closed its channel; `{how}` in the reason becomes how it ended.
+
+        The kind is killed instead where the system did that, short of memory; a SIGKILL alone anybody can send.
+        """
+        how = self._ending()
+        if how == "signal 9" and memory_kills() > self._memory_kills:
+            kind, how = "killed", OUT_OF_MEMORY
+        return Crash(kind, reason.format(how=how))
+
+    def _ending(self) -> str:
+        """Say how the process ended: `exit code 1`, `signal 9`."""
         try:
             status = self.process.wait(timeout=GOODBYE_S)
         except subprocess.TimeoutExpired:

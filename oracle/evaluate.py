@@ -34,15 +34,13 @@ def pinned(device: torch.device, threads: int | None = None) -> Iterator[None]:
     how a reduction is split depends on their number.
     """
     before = (torch.get_default_dtype(), torch.get_num_threads(), torch.get_float32_matmul_precision())
-    deterministic, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    deterministic = torch.get_deterministic_debug_mode()
     cudnn = torch.backends.cudnn
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(threads or cores())
     torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # use_deterministic_algorithms would do the same, after it has imported a compiler for longer than scoring takes
+    torch.set_deterministic_debug_mode("warn")
     try:
         with (
             cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
@@ -54,7 +52,7 @@ def pinned(device: torch.device, threads: int | None = None) -> Iterator[None]:
         torch.set_default_dtype(before[0])
         torch.set_num_threads(before[1])
         torch.set_float32_matmul_precision(before[2])
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(deterministic)
 
 
 def cores() -> int:

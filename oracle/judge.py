@@ -15,9 +15,11 @@ Before a keep, `verify` does 3 and 4 again with the weights that the run left, o
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -34,7 +36,9 @@ from .weights import weights_sizes
 
 SCHEMA = 1
 AUDIT_ROWS = 256  # of each run; before a keep, `verify` audits every row
+EARLY_SCORERS = 2  # of each run: one scores, one audits
 PROGRESS_S = 0.25  # at most one progress event in this time
+BUSY_MB = 2_048  # of device memory in use once the trainer is gone; the judge itself holds about a quarter of that
 
 
 class Events:
@@ -64,12 +68,16 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     gpus = []
     for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         gpus += [s.partition(":")[2].strip() for s in path.read_text().splitlines() if s.startswith("Model:")]
+    driver = None
+    with contextlib.suppress(OSError):
+        driver = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
     return {
         "profile": prepared.profile.name,
         "data": prepared.digest[:16],
         "cpu": cpu,
         "cores": os.cpu_count(),
         "gpu": ", ".join(gpus),
+        "driver": driver[0] if driver else "",
         "torch": version("torch"),
     }
 
@@ -81,13 +89,20 @@ def run(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str
     with Training(request, prepared, events) as training:
         # torch is imported here while the trainer imports it; the scorers follow while the trainer builds its model
         from .audit import Audit
-        from .report import figures, peak_memory_mb
+        from .report import figures, peak_memory_mb, used_memory_mb
         from .scoring import Scoring
 
-        with Scoring(request, prepared, events, early=2) as scoring:
-            trained = training.finish(before_clock=scoring.wait)
-            training.end()
+        with Scoring(request, prepared, events, early=EARLY_SCORERS) as scoring:
             device = scoring.device
+            try:
+                trained = training.finish(before_clock=scoring.wait)
+            except Crash as crash:
+                training.end()
+                if crash.kind == "memory" and (used_mb := used_memory_mb(device)) > BUSY_MB:
+                    busy = f"{used_mb:.0f} MB of the device's memory are used by other processes"
+                    raise Crash("busy", f"{busy}: {crash}", crash.detail) from crash
+                raise
+            training.end()
             on_cpu = device.type != "cuda"
             peak_mb = peak_memory_mb(device, resource.RUSAGE_CHILDREN) if on_cpu else trained.peak_device_mb
             events.send("phase", phase="score")
@@ -117,7 +132,13 @@ def run(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str
         peak_mb=peak_mb,
     )
     metrics |= {**extra, **found, "scoring_seconds": scored - started, "audit_seconds": ended - auditing}
-    return {"metrics": metrics, "memory_gb": peak_mb / 1024, "trust": sandbox.trust(), "weights_sha256": digest}
+    return {
+        "metrics": metrics,
+        "memory_gb": peak_mb / 1024,
+        "work": trained.tokens,
+        "trust": sandbox.trust(),
+        "weights_sha256": digest,
+    }
 
 
 def verify(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str, Any]:
@@ -128,7 +149,7 @@ def verify(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[
     events.send("phase", phase="score")
     rows = prepared.val_rows()
     audit = Audit(rows, vocab_size=prepared.profile.vocab_size)
-    with Scoring(request, prepared, events, early=2) as scoring:
+    with Scoring(request, prepared, events, early=EARLY_SCORERS) as scoring:
         if scoring.take() != request["weights_sha256"]:
             raise Crash("audit", "the weights are not those that were scored: their file was changed after the run")
         with scoring.fresh() as scorer:
@@ -174,6 +195,7 @@ def main() -> None:
                 "budget_s": profile.budget_s,
                 "profile": profile.name,
                 "verifies": True,
+                "steady": bool(identity["gpu"]),  # a GPU is taken to be one's own; a CPU's cores are shared
                 "trust": sandbox.trust(),
                 "trust_reason": f"sandbox {sandbox.available()}; sealed needs bubblewrap, or Landlock ABI 6 or later",
             }
@@ -187,6 +209,10 @@ def main() -> None:
     except Crash as error:
         result = {"status": "crash", "kind": error.kind, "reason": str(error), "detail": error.detail}
         result["fingerprint"] = identity
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        result = {"status": "crash", "kind": "disk", "reason": f"the judge could not go on: {error}"}
     events.send("result", schema=SCHEMA, **result)
 
 

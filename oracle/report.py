@@ -27,6 +27,14 @@ def peak_memory_mb(device: torch.device, who: int = resource.RUSAGE_SELF) -> flo
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
 
+def used_memory_mb(device: torch.device) -> float:
+    """Return how much of the device's memory any process uses now, in MiB; 0 where it is the machine's own."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / 2**20
+
+
 def figures(
     *,
     val_bpb: float,

@@ -6,6 +6,7 @@ the judge asks. It has no targets, no byte table and no say in the score.
 """
 
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def _score(order: dict[str, Any], channel: Channel) -> None:
     channel.send(op="idle")
     if (fd := channel.receive_descriptor()) is None:
         return
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # for a model that compiles itself
     weights = safetensors.torch.load(mmap.mmap(fd, 0, prot=mmap.PROT_READ)[:])
     candidate = load(Path(order["candidate"]))
     spec = ModelSpec(vocab_size=profile.vocab_size, seq_len=profile.seq_len, device=device)

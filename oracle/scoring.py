@@ -24,6 +24,7 @@ from .training import Progress
 from .weights import weights_bytes, weights_file
 
 SLOTS = 2  # shared buffers: the scorer fills one while the judge reads the other
+ENDED_EARLY = "the scoring process ended with {how} before every row was scored"
 
 
 class Scorer:
@@ -89,8 +90,9 @@ class Scorer:
     def load(self, weights: int) -> None:
         """Hand over a descriptor of the weights; the candidate's code runs from here on."""
         self.wait()
-        self._child.channel.send_descriptor(weights)
-        self._expect({"op": "ready"})
+        with self._broken_channel_is_a_crash():
+            self._child.channel.send_descriptor(weights)
+            self._expect({"op": "ready"})
 
     def logits(self, rows: Tokens) -> Iterator[tuple[slice, Tensor]]:
         """Yield (which rows, logits float32 [n, T, V]) for `rows` [N, T + 1], `batch` rows at a time and in order.
@@ -98,7 +100,7 @@ class Scorer:
         Every forward pass has exactly `batch` rows; the last one is filled up with rows whose logits are left out.
         """
         starts = range(0, len(rows), self.batch)
-        try:
+        with self._broken_channel_is_a_crash():
             for index in range(min(SLOTS, len(starts))):
                 self._ask(index, rows[starts[index] : starts[index] + self.batch])
             for index, start in enumerate(starts):
@@ -110,6 +112,13 @@ class Scorer:
                     self._ask(index + SLOTS, rows[ahead : ahead + self.batch])
                 which = slice(start, min(start + self.batch, len(rows)))
                 yield which, mine[: which.stop - which.start]
+
+    @contextmanager
+    def _broken_channel_is_a_crash(self) -> Iterator[None]:
+        try:
+            yield
+        except ConnectionError:  # it ended while something was sent to it
+            raise self._child.crash("score", ENDED_EARLY) from None
         except (WireError, OSError) as error:
             raise Crash("score", f"the scoring process broke its channel: {error}") from error
 
@@ -124,7 +133,7 @@ class Scorer:
             case {"op": "crash", "reason": str(reason), "detail": str(detail)}:
                 raise Crash("score", f"while scoring: {reason}", detail)
             case None:
-                raise Crash("score", "the scoring process ended before every row was scored")
+                raise self._child.crash("score", ENDED_EARLY)
             case message:
                 raise WireError(f"an unexpected message {str(message)[:80]}")
 
@@ -167,10 +176,7 @@ class Scoring:
         """Give a scorer on the same weights as every other; `different` from a run's own."""
         early = bool(self._early) and not different
         with self._early.pop() if early else self._scorer(**different) as scorer:
-            try:
-                scorer.load(self._sealed)
-            except (WireError, OSError) as error:
-                raise Crash("score", f"the scoring process broke its channel: {error}") from error
+            scorer.load(self._sealed)
             yield scorer
 
     def _scorer(self, **different: Any) -> Scorer:

@@ -148,8 +148,7 @@ class Training:
                     raise Crash("overrun", f"saving the weights took more than {grace_s:g} s") from None
                 match message:
                     case None:
-                        how = trainer.ending()
-                        raise Crash("error", f"the training process ended with {how} before it returned a model")
+                        raise trainer.crash("error", "the training process ended with {how} before it returned a model")
                     case {"op": "ready"}:
                         pass
                     case {"op": "batches", "rows": rows, "seq_len": seq_len} if trained_s is None:
@@ -184,5 +183,7 @@ class Training:
                         raise Crash(kind if kind in TRAINER_KINDS else "error", reason, detail)
                     case _:
                         raise WireError(f"an unexpected message {str(message)[:80]}")
+        except ConnectionError:  # it ended while something was sent to it
+            raise trainer.crash("error", "the training process ended with {how} while it trained") from None
         except (WireError, OSError) as error:
             raise Crash("error", f"the training process broke its channel: {error}") from error

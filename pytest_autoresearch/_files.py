@@ -1,7 +1,9 @@
 """Files of a work tree, read and replaced without following a symlink out of it."""
 
 import os
+import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 from ._git import WorkspaceError
@@ -36,6 +38,23 @@ def read(top: Path, path: str) -> bytes:
 def is_regular(path: Path) -> bool:
     """Return whether `path` is a file and no symlink to one."""
     return path.is_file() and not path.is_symlink()
+
+
+def clear(top: Path, path: str, aside: Path) -> None:
+    """Move what keeps a regular file from being written at `path` below `top` into a new folder in `aside`.
+
+    That is a folder in the file's place, or anything but a folder in the place of one that leads to it.
+    """
+    target = top / path
+    leading = [folder for folder in reversed(target.parents) if folder.is_relative_to(top) and folder != top]
+    wrong = [folder for folder in leading if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir())]
+    if not wrong and target.is_dir() and not target.is_symlink():
+        wrong = [target]
+    for found in wrong[:1]:
+        try:
+            shutil.move(found, tempfile.mkdtemp(prefix="aside-", dir=aside))
+        except OSError as error:
+            raise WorkspaceError(f"{found} is in the way: {error.strerror}") from error
 
 
 def write(path: Path, data: bytes, *, executable: bool = False) -> None:

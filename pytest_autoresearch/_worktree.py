@@ -2,11 +2,13 @@
 
 import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._files import is_regular
+from ._files import is_regular, write
 from ._git import Plumbing, WorkspaceError
 
 FOLDER = ".autoresearch"
@@ -61,32 +63,89 @@ def check_ready(root: Path) -> Checkout:
     )
 
 
-def loop_worktree(here: Checkout, branch: str, tag: str) -> Path:
-    """Return the loop's worktree of `branch`, made or mended at need; raise if the branch is in use elsewhere."""
+def loop_worktree(here: Checkout, branch: str, tag: str) -> Plumbing:
+    """Return git in the worktree of `branch`, made or mended at need; raise if the branch is in use elsewhere."""
     path = here.top / FOLDER / tag
     if (path / ".git").is_file():
         here.git.run("worktree", "repair", str(path))  # the repository may have been moved
-    branches = _branches(here.git)
-    for other, on in branches.items():
+    for other, on in _branches(here.git).items():
         if on == f"refs/heads/{branch}" and other.exists() and other != path:
-            if other.parent.name == FOLDER:  # made from another checkout, or we are in it
-                return other
-            raise WorkspaceError(
-                f"branch {branch} is checked out in {other}, where the loop does not work: "
-                f"`git switch main` there, or choose another --autoresearch-tag"
-            )
-    if path in branches and (path / ".git").is_file():
-        Plumbing(path)("symbolic-ref", "HEAD", f"refs/heads/{branch}")
-        return path
-    path.parent.mkdir(exist_ok=True)
-    ignore = path.parent / ".gitignore"
-    if not ignore.exists():
-        ignore.write_text("*\n")
-    if path.exists() and any(path.iterdir()):
-        raise WorkspaceError(f"{path} is in the way and no worktree of this repository: move it away")
-    # Twice forced: the branch may be registered still with a folder that is gone, or that was being added when killed.
-    here.git("worktree", "add", "--force", "--force", str(path), branch)
-    return path
+            if other.parent.name != FOLDER:
+                raise WorkspaceError(
+                    f"branch {branch} is checked out in {other}, where the loop does not work: "
+                    f"`git switch main` there, or choose another --autoresearch-tag"
+                )
+            path = other  # made from another checkout, or we are in it
+    git_dir = _git_dir(here.common, path)
+    if git_dir is None or not (path / ".git").is_file():
+        try:
+            path.parent.mkdir(exist_ok=True)
+            ignore = path.parent / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text("*\n")
+            if path.exists() and any(path.iterdir()):
+                raise WorkspaceError(f"{path} is in the way and no worktree of this repository: move it away")
+        except OSError as error:
+            raise WorkspaceError(f"cannot make the loop's work tree {path}: {error.strerror}") from error
+        # Twice forced: the branch may be registered still with a folder that is gone, or that was being added
+        # when killed.
+        here.git("worktree", "add", "--force", "--force", str(path), branch)
+        git_dir = _git_dir(here.common, path)
+    git = Plumbing(path, git_dir)
+    mend(git, branch)
+    return git
+
+
+def mend(git: Plumbing, branch: str) -> list[str]:
+    """Put git's own files for the loop's worktree right; return a line for each thing that somebody did to them.
+
+    A kill leaves them half made or locked. What holds the repository's lock may take a lock of git's for stale here.
+    """
+    top, git_dir = git.directory, git.git_dir
+    assert git_dir is not None, "only the loop's own worktree is mended"
+    common = git_dir.parent.parent
+    lines = []
+    try:
+        top.mkdir(parents=True, exist_ok=True)
+        pointer = top / ".git"
+        if not is_regular(pointer) or pointer.read_text() != f"gitdir: {git_dir}\n":
+            lines.append("changed: .git")
+            if pointer.is_dir() and not pointer.is_symlink():
+                shutil.move(pointer, tempfile.mkdtemp(prefix="aside-", dir=common / "autoresearch"))
+            write(pointer, f"gitdir: {git_dir}\n".encode())
+        for name, text in {"HEAD": f"ref: refs/heads/{branch}\n", "commondir": "../..\n"}.items():
+            if not (git_dir / name).is_file():
+                write(git_dir / name, text.encode())
+        for lock in (git_dir / "index.lock", git_dir / "HEAD.lock", common / f"refs/heads/{branch}.lock"):
+            lock.unlink(missing_ok=True)
+        if (git_dir / "locked").is_file() and (git_dir / "locked").read_text().strip() == "initializing":
+            (git_dir / "locked").unlink()  # by git, while it adds a worktree
+        for name, what in UNDER_WAY.items():
+            left = git_dir / name
+            if os.path.lexists(left):
+                lines.append(f"began: a {what}")
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+    except OSError as error:
+        raise WorkspaceError(f"cannot mend the loop's work tree {top}: {error.strerror}") from error
+    return lines
+
+
+def unlock(common: Path, branch: str, tag: str) -> None:
+    """Remove the locks that a git that was killed left on the refs that only the holder of our lock moves."""
+    for lock in (common / f"refs/heads/{branch}.lock", *(common / "refs/autoresearch" / tag).glob("*.lock")):
+        try:
+            lock.unlink(missing_ok=True)
+        except OSError as error:
+            raise WorkspaceError(f"cannot remove {lock}: {error.strerror}") from error
+
+
+def _git_dir(common: Path, worktree: Path) -> Path | None:
+    """Return where git keeps its files for a linked worktree, if it knows of it; its own `.git` could say anything."""
+    for pointer in common.glob("worktrees/*/gitdir"):
+        said = pointer.read_text(errors="surrogateescape").removesuffix("\n")
+        if os.path.normpath(pointer.parent / said) == str(worktree / ".git"):
+            return pointer.parent
+    return None
 
 
 def _branches(git: Plumbing) -> dict[Path, str]:
@@ -135,6 +194,10 @@ def take_lock(state: Path) -> int:
         raise WorkspaceError(
             f"another loop or try (pid {holder}) is at work in this repository: wait for it or stop it"
         ) from error
-    os.truncate(lock, 0)
-    os.write(lock, f"{os.getpid()}\n".encode())
+    try:
+        os.truncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
+    except OSError as error:
+        os.close(lock)
+        raise WorkspaceError(f"cannot write {path}: {error.strerror}") from error
     return lock

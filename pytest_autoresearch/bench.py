@@ -1,13 +1,12 @@
 """Where a candidate is run: a fresh directory with pristine locked files, and a runner whose answer is checked.
 
-There is one such directory at a time, `<home>/<name>/{locked,candidate,scratch}`. It stays after a run, so that what
-is about to be kept can be verified in it, until the next run or `clear`; of each run only the logs are kept.
+There is one such directory at a time, `<home>/<name>/{locked,candidate,scratch}`. It stays after a run that gave a
+score, so that what is about to be kept can be verified in it, until the next run or `clear`; of each run only the logs
+are kept.
 """
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, TypeGuard
 import pytest
 
 from . import supervise
+from ._disk import FULL, has_room, remove
 from .ledger import one_line
 from .lock import Snapshot
 from .records import SCHEMA, TRUST, Result
@@ -24,6 +24,7 @@ from .settings import Settings
 CHECK_TIMEOUT_S = 300.0  # the first import of a large library from a cold disk is slow
 DETERMINISM_TIMEOUT_S = 3_600.0  # one training and a dozen scorings
 LEAST_TIMEOUT_S = 120.0  # starting and scoring take their time however short the training is
+ROOM_MB = 64  # with less, whatever a run failed of may be the disk
 BUDGET_S = 300.0  # where neither the settings nor the runner name one
 FOLDERS = ("locked", "candidate", "scratch")
 
@@ -41,6 +42,11 @@ class Terms:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     trust: str = ""  # that every run will have
     verifies: bool = False  # the runner can look at a run once more before it is kept
+    steady: bool = False  # nobody else uses the machine: the same files do the same work
+
+
+class _NoRoom(Exception):
+    """The run directory cannot be made, for want of room."""
 
 
 class Bench:
@@ -57,6 +63,8 @@ class Bench:
         self.clear()
         try:
             outcome, log = self._call("check", "check", {}, CHECK_TIMEOUT_S, _ignore)
+        except _NoRoom as full:
+            raise pytest.UsageError(str(full)) from full
         finally:
             self.clear()
         if len(outcome.results) != 1 or outcome.results[0].get("status") == "crash":
@@ -80,6 +88,7 @@ class Bench:
             fingerprint=self._fingerprint(fingerprint),
             trust=trust,
             verifies=answer.get("verifies") is True,
+            steady=answer.get("steady") is True,
         )
         return self.terms
 
@@ -99,7 +108,7 @@ class Bench:
         """
         self.clear()
         asked = {"seed": seed, "heldout": heldout, "baseline": baseline}
-        return self._answer("run", name, files, on_event, asked, self._result)
+        return self._settled(self._answer("run", name, files, on_event, asked, self._result))
 
     def verify(
         self, files: Mapping[str, bytes], result: Result, *, name: str, seed: int, baseline: Mapping[str, Any] | None
@@ -116,7 +125,7 @@ class Bench:
             return replace(result, metrics=metrics)
 
         asked = {"seed": seed, "score": result.score, "weights_sha256": result.weights_sha256, "baseline": baseline}
-        verified = self._answer("verify", name, files, _ignore, asked, merged)
+        verified = self._settled(self._answer("verify", name, files, _ignore, asked, merged))
         if verified.status == "ok":
             return verified
         kind, reason, detail = verified.kind, verified.reason, verified.detail
@@ -140,14 +149,28 @@ class Bench:
             rows.extend(given)
             return Result(status="ok")
 
-        result = self._answer("determinism", "determinism", files, on_event, {"seed": seed}, table)
+        result = self._settled(self._answer("determinism", "determinism", files, on_event, {"seed": seed}, table))
         return rows if result.status == "ok" else result
 
     def clear(self) -> None:
         """Remove every run directory but its logs, also those that a killed process left."""
         for place in self.home.glob("*"):
             for folder in FOLDERS:
-                _remove(place / folder)
+                remove(place / folder)
+
+    def _settled(self, result: Result) -> Result:
+        """Return the result; of a crash, say whether the machine's disk is full once the candidate's files are gone."""
+        if result.status == "ok":
+            return result
+        self.clear()
+        room = has_room(self.home, ROOM_MB)
+        if not room and result.kind != "disk":
+            short = f"less than {ROOM_MB} MB can be written to {self.home}"
+            return replace(result, kind="disk", reason=f"{short}: {result.reason}"[:300])
+        if room and result.kind == "disk":
+            reason = f"the disk was full until this run's own files were removed: {result.reason}"
+            return replace(result, kind="error", reason=reason[:300])
+        return result
 
     def _answer(
         self,
@@ -161,7 +184,10 @@ class Bench:
         """Return what `read` makes of the runner's one ok answer, or the crash that anything else is."""
         timeout_s = DETERMINISM_TIMEOUT_S if op == "determinism" else max(LEAST_TIMEOUT_S, 2 * self.terms.budget_s)
         timeout_s = self.settings.timeout_s or timeout_s
-        outcome, log = self._call(op, name, files, timeout_s, on_event, asked)
+        try:
+            outcome, log = self._call(op, name, files, timeout_s, on_event, asked)
+        except _NoRoom as full:
+            return Result(status="crash", kind="disk", reason=one_line(str(full)))
 
         def crash(kind: str, reason: str) -> Result:
             return Result(status="crash", kind=kind, reason=reason, detail=supervise.tail(log))
@@ -174,13 +200,13 @@ class Bench:
         if len(outcome.results) != 1:
             how = "two results" if outcome.results else f"no result (exit code {outcome.returncode})"
             last = "" if outcome.results else _last_line(log)
-            return crash("error", f"the runner gave {how}" + (f": {last}" if last else ""))
+            return crash("judge", f"the runner gave {how}" + (f": {last}" if last else ""))
         said = outcome.results[0]
         _refuse_unusable(said)
         if (
             said.get("status") == "ok" and outcome.returncode != 0
         ):  # whoever wrote that, the runner did not live to mean it
-            return crash("error", f"the runner gave a result and then failed (exit code {outcome.returncode})")
+            return crash("judge", f"the runner gave a result and then failed (exit code {outcome.returncode})")
         reason = one_line(str(said.get("reason", "")))[:300]
         if said.get("status") == "crash":
             detail = str(said.get("detail") or "")[-8_000:] or supervise.tail(log)
@@ -210,14 +236,15 @@ class Bench:
         log = place / ("verify.log" if op == "verify" else "run.log")
         try:
             for folder in (locked, candidate) if op == "verify" else (locked, candidate, scratch):
-                _remove(folder)
+                remove(folder)
                 folder.mkdir(parents=True)
             self.lock.write(locked)
             for path, content in files.items():
                 (candidate / path).parent.mkdir(parents=True, exist_ok=True)
                 (candidate / path).write_bytes(content)
         except OSError as exc:
-            raise pytest.UsageError(f"cannot make the run directory {place}: {exc.strerror}") from exc
+            problem = _NoRoom if exc.errno in FULL else pytest.UsageError
+            raise problem(f"cannot make the run directory {place}: {exc.strerror}") from exc
         message = {
             "schema": SCHEMA,
             "op": op,
@@ -249,17 +276,20 @@ class Bench:
             return Result(status="crash", kind="score", reason=reason, detail=supervise.tail(log))
 
         metrics = _metrics(said)
-        score, memory_gb = metrics.get(self.settings.metric), said.get("memory_gb", 0.0)
+        score, memory_gb, work = metrics.get(self.settings.metric), said.get("memory_gb", 0.0), said.get("work", 0.0)
         if not _is_number(score) or not score > 0:  # 0.0 is what a crash row says; it is never a score
             given = said.get("metrics")
             raw = given.get(self.settings.metric) if isinstance(given, dict) else None
             return crash(f"{self.settings.metric} = {one_line(repr(raw))[:60]} is not a positive number")
         if not _is_number(memory_gb) or memory_gb < 0:
             return crash(f"memory_gb = {one_line(repr(memory_gb))[:60]} is not a size")
+        if not _is_number(work) or work < 0:
+            return crash(f"work = {one_line(repr(work))[:60]} is not an amount")
         return Result(
             status="ok",
             score=float(score),
             memory_gb=float(memory_gb),
+            work=float(work),
             trust=one_line(str(said.get("trust", "")))[:40],
             weights_sha256=one_line(str(said.get("weights_sha256", "")))[:64],
             metrics=metrics,
@@ -279,19 +309,6 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 def _rank(trust: str) -> int:
     return TRUST.index(trust) if trust in TRUST else -1
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, also one whose subfolders a candidate made read-only; a link is removed as such."""
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
-    elif folder.is_dir():
-        folder.chmod(0o700)
-    for top, names, _ in os.walk(folder):
-        for path in (Path(top, name) for name in names):
-            if not path.is_symlink():
-                path.chmod(0o700)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _refuse_unusable(said: Mapping[str, Any]) -> None:

@@ -19,12 +19,14 @@ def pytest_autoresearch_propose(
     number: int,
     seed: int,
     refused: Sequence[str],
+    crash: str,
 ) -> str | None:
     """Edit the mutable files in `workdir` and return a one-line description.
 
     None leaves it to the next proposer, at last the built-in one; `propose.NoProposal` says why there is none now.
-    `workdir` holds the champion. `history` is the ledger's runs, oldest first. `seed` is this proposal's own.
-    `refused` says why earlier proposals for this `number` were not run, oldest first.
+    `workdir` holds the champion. `history` is what was imported and the ledger's runs, oldest first. `seed` is this
+    proposal's own. `refused` says why earlier proposals for this `number` were not run, oldest first. `crash` is empty,
+    or what the last proposal for this `number` ended with: then `workdir` holds that proposal, to be repaired.
     """
 
 

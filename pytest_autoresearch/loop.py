@@ -4,24 +4,28 @@ A mode collects no tests; it builds each experiment as an item when its turn com
 """
 
 import importlib.util
+import math
 import os
 import shlex
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
-from statistics import fmean
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from . import nodes
 from . import settings as settings_
-from .ledger import LedgerError, candidate_of, champion_record
+from .ledger import LedgerError, candidate_of, champion_record, status_of
 from .lock import LockError
 from .mode import NAME, Mode
+from .propose.adopt import Adoption
 from .records import Candidate
 from .report import terminal as report
-from .research import Research
+from .report.claim import claim_lines
+from .research import Refused, Research
 from .settings import Settings
 from .workspace import Workspace, WorkspaceError
 
@@ -39,7 +43,7 @@ def register(config: pytest.Config, mode: str) -> None:
             raise pytest.UsageError(
                 "the built-in tuner needs optuna: pip install optuna, or give --autoresearch-agent COMMAND"
             )
-    plugin = Loop(config, settings) if mode == "--autoresearch-loop" else Try(config, settings)
+    plugin = Try(config, settings) if mode == "--autoresearch-try" else Loop(config, settings)
     nodes.register_hooks(config)
     config.pluginmanager.register(plugin, NAME)
 
@@ -109,8 +113,8 @@ class _Mode(Mode, ABC):
         if not now:
             return
         terminal.section(f"autoresearch {workspace.tag}")
-        earlier = ledger.runs[: research.first]
-        shown = [run for run in earlier if run["verdict"] is None or run["verdict"]["outcome"] == "keep"] + now
+        new = {id(run) for run in now}
+        shown = [row for row in ledger.history.rows if id(row) in new or status_of(row) == "keep"]
         writer = terminal._tw
         for line in report.table(shown, settings.metric, settings.direction, writer.fullwidth, writer.hasmarkup):
             terminal.write_line(line)
@@ -122,23 +126,14 @@ class _Mode(Mode, ABC):
         self.next_steps(terminal, research, now)
 
     def _claim(self, terminal: Any, research: Research) -> None:
-        scores, record = research.champion_scores(), champion_record(research.ledger.runs)
-        baselines = [run["result"]["score"] for run in research.known_baselines()]
-        if not scores or not baselines or record is None:
+        record = champion_record(research.ledger.runs)
+        if record is None:
             return
-        metric = self.settings.metric
-        start, best = fmean(baselines), fmean(scores)
-        gain = start - best if self.settings.direction == "min" else best - start
-        spread = max(baselines) - min(baselines)
-        terminal.write_line(
-            f"{metric}: baseline {start:.6f} (mean of {len(baselines)}, spread {spread:.6f}), champion {best:.6f} "
-            f"({len(scores)} run{'s' * (len(scores) != 1)}, {record['commit'][:7]}): gain {gain:+.6f}"
-        )
-        counted = [*research.known_baselines(), record]
+        for line in claim_lines(self.settings, research.ledger, record, research.standing, research.terms.fingerprint):
+            terminal.write_line(line)
+        counted = [*research.repeats.known(), record]
         trusts = {run["result"]["trust"] or "not stated" for run in counted}
         terminal.write_line(f"  trust of these runs: {', '.join(sorted(trusts))}")
-        if len(scores) < len(baselines):
-            terminal.write_line("  a champion is picked for its score, so few runs flatter it")
 
     @abstractmethod
     def next_steps(self, terminal: Any, research: Research, now: list[dict[str, Any]]) -> None:
@@ -148,6 +143,13 @@ class _Mode(Mode, ABC):
 class Loop(_Mode):
     """Propose, run, keep or not; again, until something ends it."""
 
+    adoption: Adoption | None = None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_autoresearch_propose(self, workdir: Path, history: Sequence[dict[str, Any]]) -> str | None:
+        """Propose what another machine kept, where that is asked for."""
+        return self.adoption.propose(workdir, history) if self.adoption else None
+
     def open(self) -> Workspace:
         """Open the loop's own worktree."""
         settings = self.settings
@@ -156,37 +158,59 @@ class Loop(_Mode):
         )
 
     def run(self, research: Research) -> None:
-        """Run baselines if there are none, then experiments."""
-        settings = self.settings
-        deadline = time.monotonic() + settings.hours * 3600 if settings.hours else None
+        """Run baselines if there are none, then experiments, and at the end what a claim needs."""
+        hours = self.settings.hours
+        deadline = time.monotonic() + hours * 3600 if hours else math.inf
         self.header(research)
         self.say("  stop with Ctrl-C: what is running is dropped, and the same command goes on from here")
-        research.baselines()
+        if self.settings.history is not None and (count := research.import_history(self.settings.history)):
+            self.say(f"  imported {count} rows of {self.settings.history}: history, which nothing is compared with")
+        if self.settings.adopt is not None:
+            self.adoption = Adoption(self.settings, research.workspace.workdir)
+        research.repeats.baselines()
+        self.ended = self._night(research, deadline)
+        research.repeats.claim()
+
+    def _night(self, research: Research, deadline: float) -> str:
+        """Run experiments until something ends them; return what did."""
+        settings = self.settings
         done = int(research.finish_pending())
         refused: list[str] = []
         while True:
+            research.repeats.rerun()
             if settings.max_experiments is not None and done >= settings.max_experiments:
-                self.ended = f"{done} experiment{'s' * (done != 1)}, as --autoresearch-max asked"
-                return
-            if deadline is not None and time.monotonic() >= deadline:
-                self.ended = f"{settings.hours:g} hours, as --autoresearch-hours asked"
-                return
-            has_end = deadline is not None or settings.max_experiments is not None
-            if has_end and len(refused) >= PATIENCE:
-                self.ended = f"{PATIENCE} proposals in a row that were no experiment; the last: {refused[-1]}"
-                return
-            if refused:
+                return f"{done} experiment{'s' * (done != 1)}, as --autoresearch-max asked"
+            if time.monotonic() + research.repeats.claim_s() >= deadline:
+                return f"{settings.hours:g} hours, as --autoresearch-hours asked"
+            if self.adoption is not None:
+                if not self.adoption.left(research.ledger.history):
+                    return f"all that was kept on {self.adoption.branch} is through"
+            elif (settings.hours or settings.max_experiments) and len(refused) >= PATIENCE:
+                return f"{PATIENCE} proposals in a row that were no experiment; the last: {refused[-1]}"
+            elif refused:
                 time.sleep(min(LONGEST_PAUSE_S, PAUSE_S * 2 ** min(len(refused), 20)))
             number = research.ledger.next_number()
             proposal = research.propose(number, refused)
             if isinstance(proposal, Candidate):
-                research.experiment(proposal)
+                self._experiment(research, proposal)
             elif proposal.reason:
                 refused.append(proposal.reason)
                 self.say(f"  {number:>3}  no experiment: {proposal.reason}")
                 continue
             refused.clear()
             done += 1
+
+    def _experiment(self, research: Research, candidate: Candidate) -> None:
+        """Run a candidate, and after a crash what its agent makes of it."""
+        while True:
+            research.experiment(candidate)
+            if (crashed := research.crash_to_repair(candidate)) is None:
+                return
+            repaired = research.propose(candidate.number, [], crashed)
+            if isinstance(repaired, Refused):
+                self.say(f"  {candidate.number:>3}  not repaired: {repaired.reason}")
+                return
+            candidate = repaired
 
     def next_steps(self, terminal: Any, research: Research, now: list[dict[str, Any]]) -> None:
         """Hand over how to look at the branch, take a discarded change, and go on."""
@@ -228,7 +252,7 @@ class Try(_Mode):
         number = pending["number"] if pending else ledger.next_number()
         candidate = research.workspace.candidate(ledger.next_number(), self.config.getoption("autoresearch_try"))
         if pending and research.same(candidate, candidate_of(pending)):
-            research.baselines()
+            research.repeats.baselines()
             research.finish_pending()
         else:
             research.drop_pending()
@@ -236,7 +260,7 @@ class Try(_Mode):
             unchanged = research.not_new(candidate)
             if unchanged and runs:
                 raise pytest.UsageError(f"{unchanged}: there is nothing to try; edit it first")
-            research.baselines()
+            research.repeats.baselines()
             if unchanged:
                 self.say(f"  {unchanged}: its baselines are recorded; edit it, then try the edit")
                 return

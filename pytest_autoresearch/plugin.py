@@ -5,6 +5,7 @@ file on the command line collects it as an experiment instead of importing it (n
 anything.
 """
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,36 @@ OPTIONS = (
         "train the mutable file once, score it under conditions that must not matter, and show what repeats to the "
         "last bit: exit code 1 where a guarantee breaks",
     ),
+    (
+        "--autoresearch-rule",
+        "RULE",
+        "when a change is kept: ladder (what is too close to call gets a second run; the default) or strict (any lower "
+        "score is kept)",
+    ),
+    (
+        "--autoresearch-adopt",
+        "BRANCH",
+        "run the loop on the changes that another machine kept on BRANCH, one by one, each judged here",
+    ),
+    (
+        "--autoresearch-import",
+        "FILE",
+        "begin the loop's history with the rows of a results.tsv of something else; they are read, never ranked",
+    ),
+    ("--autoresearch-status", None, "print the state of a line of research as JSON, and run nothing"),
+    (
+        "--autoresearch-replay",
+        None,
+        "reach every verdict of a line of research again from its ledger alone: exit code 1 where one differs",
+    ),
+    (
+        "--autoresearch-compare",
+        "BRANCH",
+        "line up champions, kept changes and gains of the loop's branches of several machines, and run nothing",
+    ),
 )
-MODES = ("--autoresearch-loop", "--autoresearch-try", "--autoresearch-determinism")
+MODES = ("--autoresearch-loop", "--autoresearch-adopt", "--autoresearch-try", "--autoresearch-determinism")
+REPORTS = ("--autoresearch-status", "--autoresearch-replay", "--autoresearch-compare")
 # name, type, default, help
 INI_KEYS: tuple[tuple[str, Any, Any, str], ...] = (
     ("autoresearch_metric", "string", "val_bpb", "name of the score among the runner's metrics"),
@@ -94,6 +123,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, argument, text in OPTIONS:
         if argument is None:
             group.addoption(name, action="store_true", default=False, help=text)
+        elif name == "--autoresearch-compare":
+            group.addoption(name, metavar=argument, nargs="+", default=None, help=text)
         else:
             group.addoption(name, metavar=argument, default=None, help=text)
     for key, kind, default, text in INI_KEYS:
@@ -106,27 +137,45 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.add_hookspecs(hookspecs)
 
 
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Print a report and end, before any test is looked for."""
+    reports = [name for name in _modes(config) if name in REPORTS]
+    if not reports:
+        return None
+    module = importlib.import_module(f".report.{reports[0].rpartition('-')[2]}", __package__)
+    return int(module.main(config))
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    used = [name for name, _, _ in OPTIONS if config.getoption(name.lstrip("-").replace("-", "_")) not in (None, False)]
-    modes = [name for name in used if name in MODES]
-    if len(modes) > 1:
-        raise pytest.UsageError(f"{' and '.join(modes)} exclude each other: give one of them")
-    works_with = {
-        "--autoresearch-max": ["--autoresearch-loop"],
-        "--autoresearch-hours": ["--autoresearch-loop"],
-        "--autoresearch-agent": ["--autoresearch-loop"],
-        "--autoresearch-tag": ["--autoresearch-loop", "--autoresearch-try"],
-    }
-    for name in used:
-        if name in works_with and not set(modes) & set(works_with[name]):
-            wanted = " or ".join(works_with[name])
-            raise pytest.UsageError(f"{name} does nothing without {wanted}: add it, or remove {name}")
+    modes = [name for name in _modes(config) if name in MODES]
     if modes and not hasattr(config, "workerinput"):
         if modes[0] == "--autoresearch-determinism":
             from .determinism import register
         else:
             from .loop import register
         register(config, modes[0])
+
+
+def _modes(config: pytest.Config) -> list[str]:
+    """Return the modes and reports that are asked for, at most one; raise a UsageError for options without theirs."""
+    used = [name for name, _, _ in OPTIONS if config.getoption(name.lstrip("-").replace("-", "_")) not in (None, False)]
+    modes = [name for name in used if name in MODES + REPORTS]
+    if len(modes) > 1:
+        raise pytest.UsageError(f"{' and '.join(modes)} exclude each other: give one of them")
+    loop, adopt, attempt = MODES[:3]
+    works_with = {
+        "--autoresearch-max": [loop],
+        "--autoresearch-hours": [loop, adopt],
+        "--autoresearch-agent": [loop],
+        "--autoresearch-import": [loop],
+        "--autoresearch-rule": [loop, adopt, attempt],
+        "--autoresearch-tag": [loop, adopt, attempt, *REPORTS[:2]],
+    }
+    for name in used:
+        if name in works_with and not set(modes) & set(works_with[name]):
+            wanted = " or ".join(works_with[name])
+            raise pytest.UsageError(f"{name} does nothing without {wanted}: add it, or remove {name}")
+    return modes
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -149,11 +198,12 @@ def pytest_autoresearch_propose(
     number: int,
     seed: int,
     refused: Sequence[str],
+    crash: str,
 ) -> str | None:
     if settings.agent is not None:
         from .propose.agent import propose
 
-        return propose(settings, workdir, history, number, refused)
+        return propose(settings, workdir, history, number, refused, crash)
     from .propose.tuner import propose as tune
 
     return tune(settings, workdir, history, seed)

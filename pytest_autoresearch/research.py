@@ -2,14 +2,16 @@
 
 1. The candidate is a commit that no branch points to; its files are read back from the object database.
 2. It runs as a pytest item: `bench` runs it, the decide hook judges it, once more with a fresh seed if asked.
-   Where the runner verifies, it looks once more at what is to be kept.
+   What the machine did to a run is not the candidate's: it runs again. Where the runner verifies, it looks once more
+   at what is to be kept.
 3. When its teardown is done, the locked files are compared again: neither a failed teardown nor a changed
    file lets a keep pass.
 4. The ledger has the record on disk; only then does git move.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,22 @@ import pytest
 
 from .bench import Bench
 from .gate import signature
-from .ledger import Ledger, candidate_of, one_line, result_of, results_tsv, run_record
+from .ledger import Ledger, candidate_of, one_line, prior, result_of, results_tsv, run_record
 from .lock import Snapshot
 from .nodes import Crashed, Experiment, ExperimentFile, run_item
 from .propose import NoProposal
-from .records import Candidate, Result, Verdict
+from .ratchet import settled
+from .records import Candidate, Result, Standing, Verdict
+from .repeats import RETRIES, Repeats
 from .report.terminal import Live, gap_lines, outcome_line
 from .settings import Settings
 from .workspace import Workspace, WorkspaceError
 
-BASELINES = 3  # runs of a champion that has none under the present fingerprint
-RUNS = 2  # of one candidate at most
+REPAIRS = 2  # of a crash by the agent that made it
+REPAIRABLE = ("contract", "error", "memory", "diverged", "timeout", "overrun", "score")  # kinds of crash
+SAME_WORK = 0.02  # two runs of the same files that differ by more did not have the same machine
 PROPOSALS = 1_000  # seeds of proposals are drawn beyond those of runs
+DETAIL_CHARS = 4_000  # of a crash's end that its proposer is shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,76 +56,46 @@ class Research:
         self.say = say
         self.ledger = Ledger.open(workspace.state / "ledger.jsonl")
         self.repaired = [
-            line for line in (self.ledger.repaired, workspace.resume(self.ledger.runs, settings.metric)) if line
+            line for line in (self.ledger.repaired, workspace.resume(self.ledger.history, settings.metric)) if line
         ]
         self.first = len(self.ledger.runs)  # records before it are of earlier calls
         self.lock = Snapshot.take(workspace.workdir, settings.locked(workspace.workdir))
         self.bench = Bench(settings, self.lock, workspace.state / "runs")
         self.terms = self.bench.check()
+        sigma, freedom = prior(workspace.state, self.terms.fingerprint)
+        self.policy = replace(settings.policy, prior_sigma=sigma, prior_freedom=freedom)
         self._file = ExperimentFile.from_parent(session, path=settings.root / settings.mutable[0])
         self._signatures: dict[str, str] = {}
+        self.seconds: list[float] = []  # that runs took in this call
+        self.repeats = Repeats(self)
 
-    def baselines(self) -> None:
-        """Run the champion until its score and its spread are known under the present fingerprint."""
-        commit, fingerprint = self.workspace.champion, self.terms.fingerprint
-        known = [
-            record
-            for record in self.ledger.runs
-            if record["commit"] == commit and record["result"]["fingerprint"] == fingerprint
-        ]
-        if any(record["kind"] != "baseline" for record in known):
-            return  # it became champion on this machine
-        for _ in range(BASELINES - len(known)):
-            self._baseline()
-            self.stop_if_asked()
+    @property
+    def standing(self) -> Standing:
+        """What is known of the champion."""
+        return self.ledger.known.standing(self.workspace.champion, self.terms.fingerprint, self.policy)
 
-    def _baseline(self) -> None:
-        candidate = self.workspace.baseline()
-        run = self.ledger.next_run(0)
-        seed = self.ledger.seed(0, run)
-        files = self.workspace.files(candidate.commit)
-
-        def trial(item: Experiment) -> None:
-            result = self._run(item, files, f"0000-{run}", seed, heldout=True)
-            item.record(result)
-            if result.status != "ok":
-                log = self.bench.home / f"0000-{run}" / "run.log"
-                raise pytest.UsageError(
-                    f"the champion's {', '.join(self.settings.mutable)} does not run here: {result.reason} (see {log})"
-                )
-
-        item = self._protocol(f"baseline[{run}]", trial)
-        if not item.results or item.veto:
-            raise pytest.UsageError(f"the baseline did not run: {item.veto or 'its setup was skipped'}")
-        result = item.results[-1]
-        self.ledger.append(
-            run_record(kind="baseline", candidate=candidate, run=run, seed=seed, result=result, verdict=None)
-        )
-        self.workspace.write_results(results_tsv(self.ledger.runs, self.settings.metric))
-        self.say(f"  baseline {run}: {self.settings.metric} {result.score:.6f}")
-
-    def known_baselines(self) -> list[dict[str, Any]]:
-        """Return the records of all baselines under the present fingerprint, oldest first."""
-        return [
-            record
-            for record in self.ledger.runs
-            if record["kind"] == "baseline"
-            and record["result"]["status"] == "ok"
-            and record["result"]["fingerprint"] == self.terms.fingerprint
-        ]
-
-    def propose(self, number: int, refused: Sequence[str]) -> Candidate | Refused:
-        """Ask for one proposal; return it as a candidate, not run, or why it is none."""
+    def propose(
+        self, number: int, refused: Sequence[str], crashed: tuple[Candidate, Result] | None = None
+    ) -> Candidate | Refused:
+        """Ask for one proposal, or for the repair of one that crashed; return it as a candidate, or why it is none."""
         workspace = self.workspace
+        if workspace.foreign_changes():  # what a candidate did while it ran is not this proposer's doing
+            workspace.restore_foreign()
         why_not = "the proposer had no idea"
+        crash, attempt = "", 1
+        if crashed:
+            candidate, result = crashed
+            workspace.load(candidate.commit)
+            crash, attempt = f"{result.reason}\n{result.detail[-DETAIL_CHARS:]}", candidate.attempt + 1
         try:
             description = self.session.config.hook.pytest_autoresearch_propose(
                 settings=self.settings,
                 workdir=workspace.workdir,
-                history=self.ledger.runs,
+                history=self.ledger.history,
                 number=number,
-                seed=self.ledger.seed(number, PROPOSALS + len(refused)),
+                seed=self.ledger.seed(number, PROPOSALS * attempt + len(refused)),
                 refused=refused,
+                crash=crash,
             )
         except NoProposal as exc:
             description, why_not = None, str(exc)
@@ -131,7 +107,7 @@ class Research:
             return Refused(reason=why_not)
         description = one_line(description or "")[:200] or "change without a description"
         try:
-            candidate = workspace.candidate(number, description)
+            candidate = workspace.candidate(number, description, attempt)
         except WorkspaceError as exc:
             workspace.restore()
             return Refused(reason=str(exc))
@@ -148,9 +124,9 @@ class Research:
         names, own = ", ".join(self.settings.mutable), self._signature(candidate.commit)
         if own == self._signature(self.workspace.champion):
             return f"{names} means the same as the champion's"
-        for record in self.ledger.runs:
+        for record in reversed(self.ledger.runs):
             ran = record["kind"] == "experiment" and record["result"]["kind"] != "foreign"
-            if ran and record["parent"] == candidate.parent and own == self._signature(record["commit"]):
+            if ran and record["signature"] == own and record["parent"] == candidate.parent:
                 outcome = record["verdict"]["outcome"]
                 return f"{names} means the same as in experiment {record['number']} ({outcome})"
         return ""
@@ -165,134 +141,213 @@ class Research:
         return self._signatures[commit]
 
     def finish_pending(self) -> bool:
-        """Give the second run to an experiment that was interrupted before it; return whether there was one."""
+        """Give its next run to an experiment that was interrupted before it; return whether there was one."""
         if (record := self.ledger.pending()) is None:
             return False
-        self.experiment(candidate_of(record), earlier=[result_of(record)])
+        candidate = candidate_of(record)
+        self.experiment(candidate, earlier=self._ran(candidate))
         return True
 
     def drop_pending(self) -> None:
-        """Close an experiment whose second run will not come, because the file has been edited since."""
+        """Close an experiment whose next run will not come, because the file has been edited since."""
         if record := self.ledger.pending():
-            reason = "interrupted before its second run"
+            reason = "interrupted before its next run"
             verdict = Verdict(outcome="crash", reason=reason)
             result = Result(status="crash", kind="interrupted", reason=reason)
-            self._record("confirm", candidate_of(record), 2, record["seed"], result, verdict)
+            self._record("confirm", candidate_of(record), record["run"] + 1, record["seed"], result, verdict)
+
+    def _ran(self, candidate: Candidate) -> list[Result]:
+        """Return the runs of a candidate that the machine did not spoil."""
+        results: list[Result] = []
+        for record in reversed(self.ledger.runs):
+            if record["commit"] != candidate.commit:
+                break
+            results.insert(0, result_of(record))
+        return [result for result in results if not result.infrastructure]
 
     def experiment(self, candidate: Candidate, *, earlier: Sequence[Result] = (), forbidden: str = "") -> Verdict:
         """Run a candidate as an item, record its verdict, and only then keep it or restore the champion."""
         number = candidate.number
         results = list(earlier)
         files = {} if forbidden else self.workspace.files(candidate.commit)
+        spoilt = 0
+
+        def once(item: Experiment, run: int) -> Result:
+            """Return the candidate's next run, ranked by `item.verdict`."""
+            nonlocal spoilt
+            seed = self.ledger.seed(number, run)
+            if forbidden:
+                result = Result(status="crash", kind="foreign", reason=forbidden)
+            else:
+                result = self.run(item, candidate, files, run, seed)
+            item.verdict = self._decide(item, candidate, [*results, result])
+            if item.verdict.outcome == "keep" and self.terms.verifies:
+                result = self._verify(item, files, f"{number:04d}-{run}", seed, result)
+                if result.status != "ok":
+                    item.verdict = Verdict(outcome="crash", reason=result.reason)
+            if result.infrastructure:
+                spoilt += 1
+                if spoilt <= RETRIES:
+                    item.verdict = Verdict(outcome="retry", reason=f"{result.reason}: once more")
+                elif result.kind == "disk":  # nothing can be run any more, and no candidate is to blame
+                    raise pytest.UsageError(f"experiment {number} cannot be run: {result.reason}; then start again")
+            else:
+                results.append(result)
+            item.record(result)
+            return result
 
         def trial(item: Experiment) -> None:
             item.user_properties += [("commit", candidate.commit), ("description", candidate.description)]
             while True:
-                run = len(results) + 1
-                seed = self.ledger.seed(number, run)
-                if forbidden:
-                    result = Result(status="crash", kind="foreign", reason=forbidden)
-                else:
-                    result = self._run(item, files, f"{number:04d}-{run}", seed)
-                results.append(result)
-                item.verdict = self._decide(candidate, results)
-                if item.verdict.outcome == "keep" and self.terms.verifies:
-                    result = results[-1] = self._verify(item, files, f"{number:04d}-{run}", seed, result)
-                    if result.status != "ok":
-                        item.verdict = Verdict(outcome="crash", reason=result.reason)
-                item.record(result)
-                if item.verdict.outcome != "confirm":
+                run = self.ledger.next_run(number)
+                result = once(item, run)
+                assert item.verdict is not None
+                if item.verdict.outcome not in ("confirm", "retry"):
                     break
-                self._append("experiment", candidate, run, result, item.verdict)
+                kind = "confirm" if len(results) > 1 else "experiment"
+                self.append(kind, candidate, run, self.ledger.seed(number, run), result, item.verdict)
                 self.say(outcome_line(candidate, result, item.verdict, self.settings.metric))
             figures = {"verdict": item.verdict.outcome, "reason": item.verdict.reason, "gain": item.verdict.gain}
             item.user_properties += [(name, value) for name, value in figures.items() if value is not None]
             if item.verdict.outcome == "crash":
-                raise Crashed(item.verdict.reason, results[-1].detail)
+                raise Crashed(item.verdict.reason, result.detail)
 
-        item = self._protocol(str(number), trial)
+        item = self.protocol(str(number), trial)
         verdict = item.verdict
-        if len(results) == len(earlier):
-            results.append(Result(status="crash", kind="setup", reason=item.veto or "its setup was skipped"))
-            verdict = Verdict(outcome="crash", reason=results[-1].reason)
+        if not item.results:
+            item.results.append(Result(status="crash", kind="setup", reason=item.veto or "its setup was skipped"))
+            verdict = Verdict(outcome="crash", reason=item.results[-1].reason)
         assert verdict is not None
         veto = item.veto or self._locked_files_changed()
         if veto and verdict.outcome != "crash":
             verdict = Verdict(outcome="crash", reason=veto)
             if not item.veto:
                 self.session.testsfailed += 1  # the report said otherwise, before this was known
-        run = len(results)
-        seed = self.ledger.seed(number, run)
-        kind = "confirm" if run > 1 else "experiment"
-        self._record(kind, candidate, run, seed, results[-1], verdict)
+        run = self.ledger.next_run(number)
+        kind = "confirm" if len(results) > 1 else "experiment"
+        self._record(kind, candidate, run, self.ledger.seed(number, run), item.results[-1], verdict, veto)
         self.stop_if_asked()
         return verdict
 
-    def _decide(self, candidate: Candidate, results: list[Result]) -> Verdict:
+    def import_history(self, path: Path) -> int:
+        """Begin the history with the rows of a results.tsv; return how many are new."""
+        before = len(self.ledger.imported)
+        metric = self.settings.metric
+        self.ledger.import_results(path.read_text(encoding="utf-8", errors="replace"), str(path), metric)
+        self.workspace.write_results(results_tsv(self.ledger.history, metric))
+        return len(self.ledger.imported) - before
+
+    def crash_to_repair(self, candidate: Candidate) -> tuple[Candidate, Result] | None:
+        """Return the experiment that has just ended, if it is a crash that its agent may repair."""
+        record = self.ledger.runs[-1]
+        crashed = record["verdict"]["outcome"] == "crash" and record["result"]["kind"] in REPAIRABLE
+        if self.settings.agent is None or not crashed or candidate.attempt > REPAIRS:
+            return None
+        return candidate, result_of(record)
+
+    def _decide(self, item: Experiment, candidate: Candidate, results: list[Result]) -> Verdict:
         if changed := self._locked_files_changed():
+            item.veto = item.veto or changed  # on record, whoever puts them back before the teardown
             return Verdict(outcome="crash", reason=changed)
         if results[-1].status != "ok":
             return Verdict(outcome="crash", reason=results[-1].reason)
         verdict: Verdict = self.session.config.hook.pytest_autoresearch_decide(
-            standing=self.ledger.standing(self.workspace.champion, self.terms.fingerprint),
-            runs=tuple(results),
-            lines_added=candidate.lines_added,
-            policy=self.settings.policy,
+            standing=self.standing, runs=tuple(results), lines_added=candidate.lines_added, policy=self.policy
         )
-        if verdict.outcome == "confirm" and len(results) >= RUNS:
-            return Verdict(outcome="discard", reason=f"still undecided after {RUNS} runs: {verdict.reason}")
-        return verdict
+        return settled(verdict, len(results))
 
     def _locked_files_changed(self) -> str:
         changed = self.lock.changed(self.workspace.workdir)
         return f"locked files changed: {', '.join(changed)}"[:300] if changed else ""
 
-    def _append(self, kind: Any, candidate: Candidate, run: int, result: Result, verdict: Verdict) -> dict[str, Any]:
+    def append(
+        self,
+        kind: str,
+        candidate: Candidate,
+        run: int,
+        seed: int,
+        result: Result,
+        verdict: Verdict | None,
+        veto: str = "",
+    ) -> dict[str, Any]:
         record = run_record(
             kind=kind,
             candidate=candidate,
             run=run,
-            seed=self.ledger.seed(candidate.number, run),
+            seed=seed,
+            signature=self._signature(candidate.commit),
+            policy=self.policy if verdict else None,
+            veto=veto,
             result=result,
             verdict=verdict,
         )
         self.ledger.append(record)
         return record
 
-    def _record(self, kind: str, candidate: Candidate, run: int, seed: int, result: Result, verdict: Verdict) -> None:
-        record = self._append(kind, candidate, run, result, verdict)
+    def _record(
+        self,
+        kind: str,
+        candidate: Candidate,
+        run: int,
+        seed: int,
+        result: Result,
+        verdict: Verdict,
+        veto: str = "",
+    ) -> None:
+        record = self.append(kind, candidate, run, seed, result, verdict, veto)
         metric = self.settings.metric
         if verdict.outcome == "keep":
-            self.workspace.keep(self.ledger.runs, metric)
+            self.workspace.keep(self.ledger.history, metric)
         elif result.kind != "interrupted":
             for line in self.workspace.restore():
                 self.say(f"  {line}")
-        self.workspace.write_results(results_tsv(self.ledger.runs, metric))
+        self.workspace.write_results(results_tsv(self.ledger.history, metric))
         self.session.config.hook.pytest_autoresearch_finished(settings=self.settings, record=record)
         self.say(outcome_line(candidate, result, verdict, metric))
         if verdict.outcome == "keep":
             for line in gap_lines(self.ledger.runs, metric, self.settings.direction, self.terms.fingerprint)[-1:]:
                 self.say(f"       {line}")
 
-    def _run(self, item: Experiment, files: dict[str, bytes], name: str, seed: int, heldout: bool = False) -> Result:
+    def run(
+        self,
+        item: Experiment,
+        candidate: Candidate,
+        files: dict[str, bytes],
+        run: int,
+        seed: int,
+        heldout: bool = False,
+    ) -> Result:
+        began = time.monotonic()
         with self._live(item) as live:
-            return self.bench.run(
-                files, name=name, seed=seed, heldout=heldout, baseline=self._first_baseline(), on_event=live.event
+            result = self.bench.run(
+                files,
+                name=f"{candidate.number:04d}-{run}",
+                seed=seed,
+                heldout=heldout,
+                baseline=self.repeats.first,
+                on_event=live.event,
             )
+        self.seconds.append(time.monotonic() - began)
+        earlier = (record for record in reversed(self.ledger.runs) if record["commit"] == candidate.commit)
+        alike = (record["result"] for record in earlier if record["result"]["fingerprint"] == result.fingerprint)
+        before = next((said["work"] for said in alike if said["status"] == "ok"), 0.0)
+        if before and result.work and abs(result.work / before - 1) > SAME_WORK:
+            change = f"{result.work / before - 1:+.1%} work against the last run of the same files"
+            said = f"{change}: the machine changed, not the candidate"
+            if self.terms.steady:
+                return replace(result, status="crash", score=None, kind="busy", reason=said)
+            self.say(f"  {item.name}: {said}")
+        return result
 
     def _verify(self, item: Experiment, files: dict[str, bytes], name: str, seed: int, result: Result) -> Result:
         with self._live(item) as live:
             live.event({"event": "phase", "phase": "verify"})
-            return self.bench.verify(files, result, name=name, seed=seed, baseline=self._first_baseline())
+            return self.bench.verify(files, result, name=name, seed=seed, baseline=self.repeats.first)
 
     def _live(self, item: Experiment) -> Live:
         return Live(self.session.config, f"  {item.name:>3}", self.terms.budget_s)
 
-    def _first_baseline(self) -> dict[str, Any] | None:
-        """Return the metrics of the first baseline under the present fingerprint."""
-        return next((record["result"]["metrics"] for record in self.known_baselines()), None)
-
-    def _protocol(self, name: str, trial: Callable[[Experiment], None]) -> Experiment:
+    def protocol(self, name: str, trial: Callable[[Experiment], None]) -> Experiment:
         item = Experiment.from_parent(self._file, name=name, trial=trial)
         try:
             run_item(self.session, item)
@@ -306,10 +361,6 @@ class Research:
             raise self.session.Failed(self.session.shouldfail)
         if self.session.shouldstop:
             raise self.session.Interrupted(self.session.shouldstop)
-
-    def champion_scores(self) -> tuple[float, ...]:
-        """Return the champion's scores under the present fingerprint, oldest first."""
-        return self.ledger.standing(self.workspace.champion, self.terms.fingerprint).scores
 
     def log_of(self, number: int) -> Path:
         """Return where the log of an experiment's first run is kept."""

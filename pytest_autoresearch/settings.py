@@ -38,6 +38,8 @@ class Settings:
     max_experiments: int | None
     hours: float | None
     require: str | None  # trust below which nothing is run
+    adopt: str | None  # branch whose kept changes are proposed
+    history: Path | None  # results.tsv of something else, to begin the history with
 
     @property
     def direction(self) -> Literal["min", "max"]:
@@ -77,6 +79,7 @@ def read(config: pytest.Config) -> Settings:
         metric=_word(config.getini("autoresearch_metric"), "autoresearch_metric"),
         policy=Policy(
             direction=cast(Literal["min", "max"], direction),
+            rule=_rule(_given(config, "autoresearch_rule")),
             line_price=_number(config, "autoresearch_line_price", least=0.0) or 0.0,
             memory_price=_number(config, "autoresearch_memory_price", least=0.0) or 0.0,
         ),
@@ -94,6 +97,8 @@ def read(config: pytest.Config) -> Settings:
         max_experiments=_count(_given(config, "autoresearch_max"), "--autoresearch-max"),
         hours=_positive(_given(config, "autoresearch_hours"), "--autoresearch-hours"),
         require=_trust(_given(config, "autoresearch_require")),
+        adopt=_given(config, "autoresearch_adopt"),
+        history=_file(config, _given(config, "autoresearch_import"), "--autoresearch-import"),
     )
 
 
@@ -186,6 +191,21 @@ def _count(value: str | None, source: str) -> int | None:
     if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) == 0:
         raise _bad(value, source, "a whole number, 1 or more")
     return int(value)
+
+
+def _rule(value: str | None) -> Literal["ladder", "strict"]:
+    if value not in (None, "ladder", "strict"):
+        raise _bad(value, "--autoresearch-rule", "'ladder' or 'strict'")
+    return "strict" if value == "strict" else "ladder"
+
+
+def _file(config: pytest.Config, value: str | None, source: str) -> Path | None:
+    if value is None:
+        return None
+    path = config.invocation_params.dir / value
+    if not path.is_file():
+        raise _bad(value, source, "a file")
+    return path
 
 
 def _trust(value: str | None) -> str | None:

@@ -13,7 +13,6 @@ A keep walks these steps, and `resume` repeats them from the last keep's record 
 """
 
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,9 +21,10 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 from . import ledger
-from ._files import is_regular, place, read, write
+from ._branches import CANDIDATE, score_trailer
+from ._files import clear, is_regular, place, read, write
 from ._git import Plumbing, WorkspaceError, cacheinfo
-from ._worktree import check_ready, loop_worktree, refuse_dirty, take_lock
+from ._worktree import check_ready, loop_worktree, mend, refuse_dirty, take_lock, unlock
 from .records import Candidate
 
 __all__ = ["Workspace", "WorkspaceError"]
@@ -82,12 +82,11 @@ class Workspace:
         lock = take_lock(state)
         try:
             ref = f"refs/heads/{branch}"
+            unlock(here.common, branch, tag)
             if here.git.maybe("rev-parse", "--verify", "--quiet", ref) is None:
                 here.git("update-ref", ref, here.head, "0" * len(here.head))
-            top, git = here.top, here.git
-            if not in_place:
-                top = loop_worktree(here, branch, tag)
-                git = Plumbing(top)
+            git = here.git if in_place else loop_worktree(here, branch, tag)
+            top = git.directory
             self = cls(
                 top=top,
                 prefix=here.prefix,
@@ -173,7 +172,7 @@ class Workspace:
         """Return the champion as the candidate of a baseline; stores nothing."""
         return Candidate(number=0, commit=self.champion, parent=self.head, description="baseline", lines_added=0)
 
-    def candidate(self, number: int, description: str) -> Candidate:
+    def candidate(self, number: int, description: str, attempt: int = 1) -> Candidate:
         """Store the work tree's mutable files as a commit on the champion, kept by a ref of its own.
 
         Neither branch nor index moves. Raises WorkspaceError for a mutable file that is missing or not regular.
@@ -184,15 +183,31 @@ class Workspace:
         tree = self._git.tree(self.head, changes, self.state / "index")
         description = ledger.one_line(description) or "no description"
         commit = self._git.commit(tree, self.head, description, self._git.identity(), int(time.time()))
-        self._git("update-ref", f"refs/autoresearch/{self.tag}/{number:04d}", commit)
-        before, after = self.files(self.head), self.files(commit)
-        added = sum(len(after[path].splitlines()) - len(before[path].splitlines()) for path in self.mutable)
-        return Candidate(number=number, commit=commit, parent=self.head, description=description, lines_added=added)
+        ref = f"refs/autoresearch/{self.tag}/{number:04d}" + (f"-{attempt}" if attempt > 1 else "")
+        if self._git.maybe("update-ref", ref, commit, "0" * len(commit)) is None:
+            # A run that was killed before it was recorded had this number: the ref's log keeps that candidate.
+            self._git("update-ref", "--create-reflog", "-m", "autoresearch: number used again", ref, commit)
+        before = {path: self._git.content(old[self.prefix + path][1]) for path in self.mutable}
+        after = self.files(commit)
+        return Candidate(
+            number=number,
+            commit=commit,
+            parent=self.head,
+            description=description,
+            lines_added=sum(len(after[path].splitlines()) - len(before[path].splitlines()) for path in self.mutable),
+            attempt=attempt,
+        )
 
     def files(self, commit: str) -> dict[str, bytes]:
         """Return the mutable files of `commit` as the object database holds them."""
         entries = self._entries(commit)
-        return {path: self._git.raw("cat-file", "blob", entries[self.prefix + path][1]) for path in self.mutable}
+        return {path: self._git.content(entries[self.prefix + path][1]) for path in self.mutable}
+
+    def load(self, commit: str) -> None:
+        """Put the mutable files of the candidate `commit` into the loop's worktree."""
+        assert not self.in_place, "a try's files are the user's"
+        for path, (mode, blob) in self._entries(commit).items():
+            self._write(path, self._git.content(blob), executable=mode == "100755")
 
     def keep(self, runs: Sequence[ledger.Record], metric: str) -> str:
         """Advance the branch to the kept commit of the last of `runs`, a keep already in the ledger; return it."""
@@ -215,13 +230,12 @@ class Workspace:
         """
         left: list[str] = []
         for path, (mode, blob) in self._entries(self.head).items():
-            target = place(self.top, path)
             if self.in_place and path in self._tried:
-                now = self._git.blob(read(self.top, path)) if is_regular(target) else None
+                now = self._git.blob(read(self.top, path)) if is_regular(self.top / path) else None
                 if now not in (self._tried[path], blob, None):
                     left.append(f"{path} was edited during the run: left as it is")
                     continue
-            write(target, self._git.raw("cat-file", "blob", blob), executable=mode == "100755")
+            self._write(path, self._git.content(blob), executable=mode == "100755")
         if self.checked_out:
             own = self._git.entries(self.head, [*self._paths, self.prefix + RESULTS])
             self._git("update-index", "--add", *cacheinfo(own))
@@ -229,16 +243,22 @@ class Workspace:
 
     def write_results(self, text: str) -> None:
         """Replace results.tsv at `results_path` in one step."""
-        path = self.results_path
-        write(place(self.top, self.prefix + RESULTS) if path.parent == self.workdir else path, text.encode())
+        if self.checked_out:
+            self._write(self.prefix + RESULTS, text.encode())
+        else:
+            write(self.results_path, text.encode())
 
     def foreign_changes(self) -> list[str]:
-        """Return one line for each thing done in the loop's worktree beyond editing mutable files."""
+        """Return one line for each thing done in the loop's worktree beyond editing mutable files.
+
+        Git's own files of the worktree are put right at once, as nothing can be told without them.
+        """
         if self.in_place:
             return []
-        lines = [f"changed: {path}" for path in self._foreign_paths()]
-        if (at := self._git("rev-parse", f"refs/heads/{self.branch}")) != self.head:
-            lines.append(f"moved: branch {self.branch} to {at[:7]}")
+        lines = mend(self._git, self.branch)
+        lines += [f"changed: {path}" for path in self._foreign_paths()]
+        if (at := self._git.maybe("rev-parse", "--verify", "--quiet", f"refs/heads/{self.branch}")) != self.head:
+            lines.append(f"moved: branch {self.branch} to {at[:7]}" if at else f"deleted: branch {self.branch}")
         if not self.checked_out:
             lines.append(f"moved: HEAD off branch {self.branch}")
         return lines
@@ -246,6 +266,7 @@ class Workspace:
     def restore_foreign(self) -> None:
         """Undo `foreign_changes` in the loop's own worktree; untracked files stay."""
         assert not self.in_place, "a try never resets the user's checkout"
+        mend(self._git, self.branch)
         self._git("update-ref", f"refs/heads/{self.branch}", self.head)
         self._git("symbolic-ref", "HEAD", f"refs/heads/{self.branch}")
         paths = self._foreign_paths()
@@ -255,10 +276,21 @@ class Workspace:
 
     def _foreign_paths(self) -> list[str]:
         """Return the champion's tracked files, mutable ones and results.tsv aside, that the work tree changed."""
+        rows = [(row[0], row[2:]) for row in self._git("ls-files", "-v", "-z").split("\0") if row]
+        # A file that is there, flagged so that git does not look at it: assume-unchanged (small), skip-worktree (S)
+        if any(flag.islower() or (flag == "S" and os.path.lexists(self.top / path)) for flag, path in rows):
+            (Path(self._git("rev-parse", "--absolute-git-dir")) / "index").unlink()
+            self._git("read-tree", self.head)
         diff = ("diff", "--no-ext-diff", "--no-textconv", "--ignore-submodules=all", "--diff-filter=a")
         own = {*self._paths, self.prefix + RESULTS}
         listed = self._git(*diff, "--no-renames", "--name-only", "-z", self.head).split("\0")
         return [path for path in listed if path and path not in own]
+
+    def _write(self, path: str, data: bytes, *, executable: bool = False) -> None:
+        """Replace a file of the work tree; in the loop's own, what is in its way is moved aside."""
+        if not self.in_place:
+            clear(self.top, path, self.state)
+        write(place(self.top, path), data, executable=executable)
 
     def _kept(self, runs: Sequence[ledger.Record], metric: str) -> str:
         """Store the kept commit of the last of `runs` and return its hash, the same for the same records."""
@@ -267,10 +299,9 @@ class Workspace:
         changes = self._entries(record["commit"]) | {self.prefix + RESULTS: ("100644", results)}
         tree = self._git.tree(record["parent"], changes, self.state / "index")
         who = self._git("log", "-1", "--format=%an%x00%ae", record["commit"]).split("\0")
-        token = "-".join(word.capitalize() for word in re.split(r"[^A-Za-z0-9]+", metric) if word) or "Score"
         message = (
-            f"{record['description']}\n\nAutoresearch-Candidate: {record['commit']}\n"
-            f"Autoresearch-{token}: {record['result']['score']:.6f}"
+            f"{record['description']}\n\n{CANDIDATE}: {record['commit']}\n"
+            f"{score_trailer(metric)}: {record['result']['score']:.6f}"
         )
         when = int(datetime.fromisoformat(record["time"]).timestamp())
         return self._git.commit(tree, record["parent"], message, (who[0], who[1]), when)

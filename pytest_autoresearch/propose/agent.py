@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .. import supervise
-from ..ledger import champion_record, one_line
+from ..ledger import champion_record, is_final, one_line
 from ..settings import Settings
 from . import NoProposal
 
@@ -29,15 +29,27 @@ Champion: {champion}. {metric}: {better} is better.
 The last experiments, oldest first (number, {metric}, gain over the champion of the time, verdict, description, reason):
 {rows}
 
-{refused}When ideas run dry: read the files again, combine two near misses (discards with a gain near zero), try the
-opposite of what failed, try something radical, try removing things. Never stop, never ask: nobody is there to answer.
+{refused}{crash}When ideas run dry: read the files again, combine two near misses (discards with a gain near zero), try
+the opposite of what failed, try something radical, try removing things. Never stop, never ask: nobody is there to
+answer.
+"""
+
+REPAIR = """Your last change crashed. The files hold it as you left it: repair it, the same idea, and describe it again.
+If it cannot work, change nothing. It ended with:
+{crash}
+
 """
 
 
 def propose(
-    settings: Settings, workdir: Path, history: Sequence[dict[str, Any]], number: int, refused: Sequence[str]
+    settings: Settings,
+    workdir: Path,
+    history: Sequence[dict[str, Any]],
+    number: int,
+    refused: Sequence[str],
+    crash: str,
 ) -> str:
-    """Run the agent's command in `workdir`; return the last line it printed.
+    """Run the agent's command in `workdir`; return the last line it printed. `crash`: see the hook.
 
     Raises NoProposal when it fails or outlasts `agent_timeout_s`; whatever it started is ended in any case.
     """
@@ -51,7 +63,7 @@ def propose(
                 settings.agent,
                 cwd=workdir,
                 env={**supervise.clean_environment(), "PWD": os.fspath(workdir)},
-                stdin=(text + brief(settings, history, number, refused)).encode(),
+                stdin=(text + brief(settings, history, number, refused, crash)).encode(),
                 log=log,
                 timeout_s=settings.agent_timeout_s,
             )
@@ -65,10 +77,12 @@ def propose(
     return printed[-1][:200] if printed else ""
 
 
-def brief(settings: Settings, history: Sequence[dict[str, Any]], number: int, refused: Sequence[str]) -> str:
+def brief(
+    settings: Settings, history: Sequence[dict[str, Any]], number: int, refused: Sequence[str], crash: str
+) -> str:
     """Return what the agent reads after program.md: the task, the champion and the last experiments."""
     rows = []
-    for record in [record for record in history if (record["verdict"] or {}).get("outcome") != "confirm"][-ROWS:]:
+    for record in [record for record in history if is_final(record)][-ROWS:]:
         verdict, score = record["verdict"] or {"outcome": "keep", "reason": ""}, record["result"]["score"]
         figures = [f"{score:.6f}" if score is not None else "-"]
         figures.append(f"{verdict['gain']:+.6f}" if verdict.get("gain") is not None else "-")
@@ -84,5 +98,6 @@ def brief(settings: Settings, history: Sequence[dict[str, Any]], number: int, re
         metric=settings.metric,
         better="lower" if settings.direction == "min" else "higher",
         rows="\n".join(rows),
+        crash=REPAIR.format(crash=crash) if crash else "",
         refused=f"Your last proposals were not run:\n{said}\n" if said else "",
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from .. import heldout
-from ..ledger import one_line
+from ..ledger import one_line, status_of
 from ..records import Candidate, Result, Verdict
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def outcome_line(candidate: Candidate, result: Result, verdict: Verdict, metric:
 
 
 def table(records: Sequence[Mapping[str, Any]], metric: str, direction: str, width: int, color: bool) -> list[str]:
-    """Return the lines of the closing table: a row per baseline and per finished experiment, oldest first."""
+    """Return the lines of the closing table: a row for each of the ledger's `records` that makes one, oldest first."""
     from rich.text import Text
 
     grid = _grid()
@@ -128,16 +128,14 @@ def table(records: Sequence[Mapping[str, Any]], metric: str, direction: str, wid
     best: float | None = None
     for record in records:
         verdict, result = record["verdict"], record["result"]
-        outcome = verdict["outcome"] if verdict else "keep"
-        if outcome == "confirm":
-            continue
+        outcome = status_of(record)
         score, gain = result.get("score"), verdict.get("gain") if verdict else None
         if score is not None and outcome == "keep":
             better = best is None or (score < best if direction == "min" else score > best)
             best = score if better else best
         style = {"keep": "green", "discard": "yellow", "crash": "red"}[outcome]
         grid.add_row(
-            "" if record["kind"] == "baseline" else str(record["number"]),
+            str(record["number"] or ""),
             record["commit"][:7],
             "" if score is None else f"{score:.6f}",
             "" if gain is None else f"{gain:+.6f}",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.attacks.lab import FEW_ROWS, Attack, hold
-from tests.processes.judging import Judged, judge
+from tests.attacks.lab import Attack, hold
+from tests.processes.judging import FEW_ROWS, Judged, judge
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def trust(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def judged(tmp_path: Path, cache: Path) -> Callable[..., Judged]:
-    return lambda source="", **request: judge(tmp_path / "run", cache, source, ("-c", FEW_ROWS), **request)
+    return lambda source="", **request: judge(tmp_path / "run", cache, source, code=FEW_ROWS, **request)
 
 
 @pytest.fixture

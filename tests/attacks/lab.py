@@ -15,17 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.processes.judging import Judged
-
-ROWS = 64
-# The judge on the first rows of val only, which is an eighth: time for many attacks
-FEW_ROWS = f"""
-from oracle.prepared import Prepared
-every_row = Prepared.val_rows
-Prepared.val_rows = lambda self, split="val": every_row(self, split)[:{ROWS}]
-from oracle.judge import main
-main()
-"""
+from tests.processes.judging import ROWS, Judged
 
 HONEST = """\
 import atexit, ctypes, gc, glob, json, os, signal, socket, subprocess, sys, threading, time
@@ -41,6 +31,18 @@ def say(**message):
         try: return os.write(ORDER["channel"], json.dumps(message).encode() + b"\\n")
         except BlockingIOError: time.sleep(0.001)
 {top}
+
+class SGD:  # torch.optim takes longer to import than all of this to run
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        with torch.no_grad():
+            for weight in self.model.parameters(): weight -= RATE * weight.grad
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
 
 class Bigram(nn.Module):
     def __init__(self, vocab):
@@ -58,7 +60,7 @@ def build_model(spec):
 
 def train(run):
     model = build_model(run.spec).to(run.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    optimizer = SGD(model)
     {before}
     for step, (inputs, targets, epoch) in enumerate(run.batches(8)):
         loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())

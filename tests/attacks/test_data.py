@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from oracle.prepared import signed
-from tests.attacks.lab import FEW_ROWS, Attack, attack, source
-from tests.processes.judging import judge
+from tests.attacks.lab import Attack, attack, source
+from tests.processes.judging import FEW_ROWS, judge
 
 
 def replaced_by(code: str) -> str:
@@ -120,7 +120,7 @@ def test_no_file_and_nobody_is_within_reach(tmp_path: Path, cache: Path, trust: 
         for word, value in known.items():
             search = search.replace(word, str(value))
         for number in range(2):  # the second time looks for what the first one left
-            run = judge(tmp_path / f"run{number}", cache, source(top=search), ("-c", FEW_ROWS))
+            run = judge(tmp_path / f"run{number}", cache, source(top=search), code=FEW_ROWS)
             reached = sorted({line for line in run.log.splitlines() if line.startswith("REACHED")})
             assert run.result["status"] == "ok" and not reached, (run.result, reached)
             assert run.log.count("SEARCHED") == 3  # the trainer and both scorers

@@ -86,9 +86,14 @@ PATCHES = {
     "exits at import": attack("error", "exit code 0 before it returned", top="os._exit(0)"),
     "exits politely": attack("error", "exit code 0 before it returned", step="sys.exit(0)"),
     "is killed": attack("error", "signal 9 before it returned", step="os.kill(os.getpid(), 9)"),
+    "is killed while it scores": attack(
+        "score",
+        "ended with signal 9 before every row was scored",
+        forward="os.kill(os.getpid(), 9) if SCORING else None; return self.table[tokens]",
+    ),
     "exits while it scores": attack(
         "score",
-        "ended before every row was scored",
+        "ended with exit code 0 before every row was scored",
         forward="os._exit(0) if SCORING else None; return self.table[tokens]",
     ),
     "subclass of tensor": attack(
@@ -162,9 +167,12 @@ MESSAGES = {
         r"^line one line two x+$",
         top="say(op='crash', kind='audit', reason='line one\\nline two ' + 'x' * 9000, detail=''); time.sleep(60)",
     ),
+    "says that the machine failed": attack(
+        "error", "^no memory$", top="say(op='crash', kind='killed', reason='no memory', detail=''); time.sleep(60)"
+    ),
     "a flood of losses, and the shared memory cut off": attack(
         before="""
-            for _ in range(20_000): say(op="log", step=0, loss=float("nan"))
+            for _ in range(5_000): say(op="log", step=0, loss=float("nan"))
             try: os.ftruncate(ORDER["ring"], 0)
             except OSError: print("REFUSED")
         """,

@@ -82,6 +82,10 @@ say("phase", phase="train")
 say("progress", elapsed_s=15.0, budget_s=30.0, step=7, loss=3.25, tokens_per_s=12345.0)
 if mode == "crash":
     result("crash", kind="error", reason="ValueError: too wide", detail="Traceback (most recent call last): too wide")
+spoilt = Path(os.environ["LAB_REQUESTS"] + ".spoilt")
+if mode == "flaky" and not spoilt.exists():  # the machine's fault: only once
+    spoilt.touch()
+    os._exit(9)
 if mode == "exit":
     print("KeyError: 'lost'", flush=True)
     sys.exit(3)

@@ -87,3 +87,43 @@ def test_edits_elsewhere_are_named_undone_and_a_crash(lab: Lab) -> None:
     assert lab.verdicts == ["crash"] and done.code == 1
     assert "changed what is not its own: changed: runner.py" in done.out
     assert "print(1)" not in (lab.root / ".autoresearch/lab/runner.py").read_text()
+
+
+BREAK = "train.write_text(train.read_text().replace('\"ok\"', '\"crash\"')); print('too bold')"
+
+
+def test_a_crash_is_handed_back_with_its_files_and_what_it_ended_with(lab: Lab) -> None:
+    mend = "train.write_text(train.read_text().replace('\"crash\"', '\"ok\"')); "
+    code = (
+        f"{TURN}{COUNT}\nif n == 0: {BREAK}\nelse: assert 'ValueError: too wide' in said; {mend}{EDIT}print('mended')"
+    )
+    done = night(lab, code)
+    assert done.code == 1, done.out  # an item crashed
+    assert [(run["number"], run["attempt"], run["verdict"]["outcome"]) for run in lab.runs if run["verdict"]] == [
+        (1, 1, "crash"),
+        (1, 2, "keep"),
+    ]
+    assert [row.split("\t")[3:] for row in lab.results.splitlines()[4:]] == [["keep", "mended"]]
+    refs = lab.git("for-each-ref", "--format=%(refname:lstrip=3)", "refs/autoresearch/").splitlines()
+    assert refs == ["0001", "0001-2"]
+
+
+def test_a_crash_is_handed_back_twice_and_then_recorded(lab: Lab) -> None:
+    bolder = "train.write_text(train.read_text() + f'A{n} = {n}' + chr(10)); "
+    done = night(lab, f"{TURN}{COUNT}\nif n: {bolder}print('again')\nelse: {BREAK}")
+    assert [(run["attempt"], run["verdict"]["outcome"]) for run in lab.runs if run["verdict"]] == [
+        (1, "crash"),
+        (2, "crash"),
+        (3, "crash"),
+    ]
+    assert "1 experiment, as --autoresearch-max asked" in done.out
+    assert [
+        row.split("\t")[3:] for row in (lab.root / ".autoresearch/lab/results.tsv").read_text().splitlines()[4:]
+    ] == [["crash", "again"]]
+
+
+def test_an_agent_that_leaves_a_crash_as_it_is_is_not_asked_again(lab: Lab) -> None:
+    done = night(lab, f"{TURN}{COUNT}\nif n == 0: {BREAK}")
+    assert "not repaired: train.py means the same as in experiment 1 (crash)" in done.out
+    assert lab.verdicts == ["crash"]
+    assert '"ok"' in (lab.root / ".autoresearch/lab/train.py").read_text()

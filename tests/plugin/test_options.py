@@ -12,6 +12,7 @@ import pytest
 
 import pytest_autoresearch.loop  # noqa: F401 - for good: a pytest run in this process forgets what it imports
 from pytest_autoresearch import hookspecs, ledger, plugin
+from pytest_autoresearch.records import Candidate, Result
 from tests.plugin.lab import TRAIN, Lab, Night
 
 LOOP = ("--autoresearch-loop", "--autoresearch-tag=lab", "--autoresearch-max=1")
@@ -28,6 +29,12 @@ def test_the_surface_is_frozen() -> None:
         "--autoresearch-profile",
         "--autoresearch-require",
         "--autoresearch-determinism",
+        "--autoresearch-rule",
+        "--autoresearch-adopt",
+        "--autoresearch-import",
+        "--autoresearch-status",
+        "--autoresearch-replay",
+        "--autoresearch-compare",
     ]
     assert {name: default for name, _, default, _ in plugin.INI_KEYS} == {
         "autoresearch_metric": "val_bpb",
@@ -48,10 +55,17 @@ def test_the_surface_is_frozen() -> None:
         name: list(inspect.signature(f).parameters) for name, f in vars(hookspecs).items() if name.startswith("pytest_")
     }
     assert hooks == {
-        "pytest_autoresearch_propose": ["settings", "workdir", "history", "number", "seed", "refused"],
+        "pytest_autoresearch_propose": ["settings", "workdir", "history", "number", "seed", "refused", "crash"],
         "pytest_autoresearch_decide": ["standing", "runs", "lines_added", "policy"],
         "pytest_autoresearch_finished": ["settings", "record"],
     }
+    candidate = Candidate(number=1, commit="c", parent="p", description="d", lines_added=0)
+    result = Result(status="ok", score=1.0)
+    record = ledger.run_record(kind="experiment", candidate=candidate, run=1, seed=1, result=result, verdict=None)
+    columns = (
+        "schema type kind number run attempt commit parent description lines_added time seed signature policy veto"
+    )
+    assert set(record) == {*columns.split(), "result", "verdict"}
     assert ledger.results_tsv([], "val_bpb") == "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 

@@ -1,13 +1,12 @@
 """The keep rule: the published examples, and what must hold for any numbers whatever. Needs nothing."""
 
 import math
-import statistics
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pytest_autoresearch.ratchet import decide, noise
+from pytest_autoresearch.ratchet import decide, settled
 from pytest_autoresearch.records import Policy, Result, Standing, Verdict
 
 CHAMPION = 0.997
@@ -51,7 +50,7 @@ def test_published_examples(
 
 def test_reason_has_the_numbers() -> None:
     got = verdict(0.9925, lines=5)
-    assert got.reason == "gain 0.0045 beats price 0.0005 + 3 sigma 0.0030"
+    assert got.reason == "gain 0.0045 beats price 0.0005 + 3 S = 0.0040"
     assert got.price == pytest.approx(0.0005)
     assert got.gain == pytest.approx(0.0045)
     assert got.sigma == 0.001
@@ -60,14 +59,15 @@ def test_reason_has_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("runs", "lines", "may_confirm", "outcome"),
     [
-        ([0.9961], 0, True, "discard"),  # 0.9 sigma
-        ([0.9949], 0, True, "confirm"),  # 2.1 sigma
-        ([0.9949, 0.9969], 0, True, "keep"),  # the second run is better than the champion
-        ([0.9949, 0.9971], 0, True, "discard"),
-        ([0.9949, 0.9968], 5, True, "discard"),  # better, but not by its price
-        ([0.9939], 0, True, "keep"),  # 3.1 sigma
-        ([0.9949], 0, False, "discard"),  # 2.1 sigma where 2.5 is the bar
-        ([0.9944], 0, False, "keep"),  # 2.6 sigma
+        # three champion runs: S = sigma * sqrt(4/3) = 0.00115
+        ([0.9959], 0, True, "discard"),  # 0.95 S
+        ([0.9948], 0, True, "confirm"),  # 1.9 S
+        ([0.9948, 0.9964], 0, True, "keep"),  # the second run gains 0.52 S
+        ([0.9948, 0.9965], 0, True, "discard"),  # 0.43 S
+        ([0.9948, 0.9964], 5, True, "discard"),  # enough, but not with its price
+        ([0.9935], 0, True, "keep"),  # 3.03 S
+        ([0.9945], 0, False, "discard"),  # 2.2 S where 2.5 is the bar
+        ([0.9941], 0, False, "keep"),  # 2.51 S
     ],
 )
 def test_ladder(runs: list[float], lines: int, may_confirm: bool, outcome: str) -> None:
@@ -82,8 +82,8 @@ def test_ladder(runs: list[float], lines: int, may_confirm: bool, outcome: str) 
         ([0.9972, 0.9971], -15, True, "discard"),
         ([0.9972], -15, False, "discard"),
         ([0.9976], -15, True, "discard"),  # beyond the champion's standard error, 0.00058
-        ([0.9970], -1, True, "confirm"),  # one line does not pay for what one run may hide
-        ([0.9970], -1, False, "discard"),
+        ([0.9970], -1, True, "discard"),  # one line does not pay for what a run may hide: no simplification
+        ([0.9958], -1, True, "confirm"),  # but no obstacle either: 1.04 S
     ],
 )
 def test_simplification(runs: list[float], lines: int, may_confirm: bool, outcome: str) -> None:
@@ -94,6 +94,26 @@ def test_without_noise_any_net_gain_is_kept() -> None:
     assert verdict(0.9969, sigma=0.0).outcome == "keep"
     assert verdict(0.9970, sigma=0.0).outcome == "discard"
     assert verdict(0.9970, sigma=0.0, lines=-1).outcome == "keep"
+
+
+def test_a_champion_known_from_one_run_asks_for_more() -> None:
+    one = Standing(scores=(CHAMPION,), memory_gb=40.0, sigma=0.001)
+    many = Standing(scores=(CHAMPION,) * 100, memory_gb=40.0, sigma=0.001)
+    assert [decide(known, [ok(0.9958)], 0, Policy()).outcome for known in (one, many)] == ["discard", "confirm"]
+
+
+@pytest.mark.parametrize(
+    ("score", "lines", "outcome"),
+    [(0.99699, 0, "keep"), (0.997, 0, "discard"), (0.997, -1, "keep"), (0.9966, 5, "discard"), (0.998, -50, "discard")],
+)
+def test_strict_keeps_any_net_gain(score: float, lines: int, outcome: str) -> None:
+    assert decide(standing(sigma=0.1), [ok(score)], lines, Policy(rule="strict")).outcome == outcome
+
+
+def test_a_rule_that_never_decides_discards_after_two_runs() -> None:
+    undecided = Verdict(outcome="confirm", reason="who knows")
+    assert settled(undecided, 1) is undecided
+    assert settled(undecided, 2).outcome == "discard"
 
 
 def test_memory_below_a_tenth_of_a_gigabyte_is_no_saving() -> None:
@@ -184,10 +204,3 @@ def test_more_is_better_is_the_mirror_of_less_is_better(mean: int, score: int, s
         return decide(standing(champion, sigma / 64), [ok(own)], lines_added, policy).outcome
 
     assert outcome(False) == outcome(True)
-
-
-def test_noise_is_pooled_over_repeats() -> None:
-    assert noise([]) == noise([[1.0], [2.0]]) == 0.0
-    assert noise([[1.0, 3.0]]) == pytest.approx(statistics.stdev([1.0, 3.0]))
-    # Variances 2 (one degree of freedom) and 1 (two) pool to 4/3.
-    assert noise([[1.0, 3.0], [11.0, 12.0, 13.0], [5.0]]) == pytest.approx(math.sqrt(4 / 3))

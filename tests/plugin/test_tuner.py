@@ -55,6 +55,8 @@ def settings(root: Path) -> Settings:
         max_experiments=None,
         hours=None,
         require=None,
+        adopt=None,
+        history=None,
     )
 
 

@@ -1,16 +1,86 @@
-"""Running the judge as its own process, the way the plugin does, on a small corpus made for the tests."""
+"""Running the judge as its own process, the way the plugin does, on a small corpus made for the tests.
 
+Most of a short run is importing torch, once for each of four processes. The judges of the tests are forked from one
+process that has imported it, so that this costs a test nothing; their trainers and scorers start as ever.
+"""
+
+import atexit
+import functools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+# A judge that starts scorers only when there is something to score, and hopes for the best for a shorter time
+JUDGE = """
+from oracle import _processes, _wire, judge
+judge.EARLY_SCORERS = 0
+_processes.GOODBYE_S, _wire.SEND_S = 5.0, 2.0
+judge.main()
+"""
+ROWS = 64
+# The same on the first rows of val only, which is an eighth
+FEW_ROWS = f"""
+from oracle.prepared import Prepared
+every_row = Prepared.val_rows
+Prepared.val_rows = lambda self, split="val": every_row(self, split)[:{ROWS}]
+{JUDGE}
+"""
+# Forks a process for each order that comes with descriptors for stdin, output and channel. It ends with its parent.
+WARM = """
+import json, os, signal, socket, sys, traceback
+import oracle.judge, oracle.audit, oracle.determinism, oracle.report, oracle.scoring
+control = socket.socket(fileno=int(sys.argv[1]))
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+while True:
+    order, fds, _, _ = socket.recv_fds(control, 1_000_000, 3)
+    if not order:
+        break
+    if os.fork() == 0:
+        control.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for fd, number in zip(fds, (0, 1)):
+            os.dup2(fd, number)
+        os.dup2(1, 2)
+        order = json.loads(order)
+        os.environ.clear()
+        os.environ.update(order["env"], AUTORESEARCH_CHANNEL=str(fds[2]))
+        os.chdir(order["cwd"])
+        done = os.dup(fds[2])
+        try:
+            exec(order["code"], {})
+            os.write(done, b'{"event": "done"}\\n')
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(0)
+    for fd in fds:
+        os.close(fd)
+"""
+
+
+@functools.cache
+def warm() -> socket.socket:
+    """Return the one connection to a process that has imported what a judge imports."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "GOMP_SPINCOUNT": "100000"}  # as the judge sets it
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", WARM, str(theirs.fileno())], env=env, pass_fds=[theirs.fileno()]
+    )
+    theirs.close()
+
+    def end() -> None:
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
+    return ours
 
 
 def write_corpus(folder: Path, documents: int = 6_000, words: int = 60) -> None:
@@ -38,13 +108,9 @@ class Judged:
 
 
 def judge(
-    directory: Path,
-    cache: Path,
-    source: str = "",
-    python: Sequence[str] = ("-m", "oracle.judge"),
-    **request: Any,
+    directory: Path, cache: Path, source: str = "", *, code: str = JUDGE, cold: bool = False, **request: Any
 ) -> Judged:
-    """Judge `source` as train.py in directories below `directory`; `python` starts another judge."""
+    """Judge `source` as train.py in directories below `directory`, by `code` in a warm judge or a `cold` one."""
     candidate, scratch = directory / "candidate", directory / "scratch"
     candidate.mkdir(parents=True, exist_ok=True)  # verify follows a run in the same place
     scratch.mkdir(exist_ok=True)
@@ -60,31 +126,26 @@ def judge(
         **request,
     }
     reading, writing = os.pipe()
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "AUTORESEARCH_CHANNEL": str(writing),
-        "AUTORESEARCH_CACHE": str(cache),
-    }
-    with (directory / "run.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", *python],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=[writing],
-            env=env,
-            cwd=directory,
-        )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "AUTORESEARCH_CACHE": str(cache)}
+    (directory / "request").write_text(json.dumps(order))
+    with open(reading, encoding="utf-8") as channel:
+        with (directory / "run.log").open("wb") as log, (directory / "request").open("rb") as stdin:
+            if cold:
+                env["AUTORESEARCH_CHANNEL"] = str(writing)
+                command = [sys.executable, "-P", "-m", "oracle.judge"]
+                process = subprocess.Popen(
+                    command, stdin=stdin, stdout=log, stderr=log, pass_fds=[writing], env=env, cwd=directory
+                )
+            else:
+                task = json.dumps({"code": code, "env": env, "cwd": str(directory)}).encode()
+                socket.send_fds(warm(), [task], [stdin.fileno(), log.fileno(), writing])
         os.close(writing)
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(order).encode())
-        process.stdin.close()
-        with open(reading, encoding="utf-8") as channel:
-            events = [json.loads(line) for line in channel]
-        process.wait()
+        events = [json.loads(line) for line in channel]
     text = (directory / "run.log").read_text(errors="replace")
-    assert process.returncode == 0, text
+    if cold:
+        assert process.wait() == 0, text
+    else:
+        assert events and events.pop() == {"event": "done"}, text
     *events, result = events
     assert result.pop("event") == "result"
     return Judged(result=result, events=events, log=text, scratch=scratch)

@@ -6,12 +6,12 @@ Needs the `cache` fixture; each test judges one artifact a dozen times.
 
 from pathlib import Path
 
-from tests.processes.judging import judge
+from tests.processes.judging import FEW_ROWS, judge
 from tests.processes.test_judge import HONEST
 
 
 def test_an_honest_model_scores_the_same_in_every_way(tmp_path: Path, cache: Path) -> None:
-    result = judge(tmp_path, cache, HONEST, op="determinism").result
+    result = judge(tmp_path, cache, HONEST, code=FEW_ROWS, op="determinism").result
     assert result["status"] == "ok", result
     table = {row["condition"]: row for row in result["table"]}
     assert all(row["holds"] for row in table.values()), table
@@ -27,7 +27,7 @@ def test_a_model_that_draws_while_it_is_scored_breaks_a_guarantee(tmp_path: Path
     noisy = HONEST.replace(
         "return self.table[tokens]", "return self.table[tokens] + 0.01 * torch.randn(self.table.shape[1])"
     )
-    table = judge(tmp_path, cache, noisy, op="determinism").result["table"]
+    table = judge(tmp_path, cache, noisy, code=FEW_ROWS, op="determinism").result["table"]
     broken = {row["condition"] for row in table if not row["holds"]}
     assert "the same process again" in broken
     assert "another fresh process" not in broken  # the seed is the judge's: that much is deterministic

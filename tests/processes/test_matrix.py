@@ -20,6 +20,7 @@ import pytest
 from pytest_autoresearch import _supervisor
 from tests.plugin.lab import Lab, survivors, until
 from tests.plugin.trees import TREES, is_up, named
+from tests.shortage import small_disk
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
 
@@ -122,15 +123,6 @@ ENDINGS: dict[str, tuple[tuple[str, ...], Callable[[Case], None], set[int]]] = {
 }
 
 
-def mounted(folder: Path) -> Callable[[], object]:
-    """Mount a small file system on a new folder; return what undoes it. Skips where that is not allowed."""
-    folder.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
-    return lambda: subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 @pytest.fixture(scope="module", params=ENDINGS)
 def aftermath(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, After]]:
     """Start every tree, end each in the same way, and return what was left of each."""
@@ -146,7 +138,7 @@ def aftermath(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             lab.commit("matrix")
             if act is full:
                 lab.env["FILL"] = "yes"
-                stack.callback(mounted(lab.top / ".git/autoresearch/lab/runs"))
+                stack.enter_context(small_disk(lab.top / ".git/autoresearch/lab/runs", "size=1m"))
             process = stack.enter_context(lab.start(*args))
             stack.callback(process.kill)
             cases[tree] = Case(lab=lab, process=process)

@@ -20,7 +20,7 @@ import pytest
 
 from oracle import sandbox
 from oracle.sandbox import Level
-from tests.processes.judging import ROOT, judge
+from tests.processes.judging import FEW_ROWS, ROOT, judge
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bubblewrap and Landlock are Linux's")
 SEALED: tuple[Level, ...] = ("bubblewrap", "landlock")
@@ -261,7 +261,7 @@ def train(run):
 
 def at(level: Level, tmp_path: Path, cache: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("AUTORESEARCH_SANDBOX", level)
-    return judge(tmp_path / level, cache, source)
+    return judge(tmp_path / level, cache, source, code=FEW_ROWS)
 
 
 def test_honest_training_is_the_same_in_every_sandbox_and_in_none(
