@@ -45,11 +45,11 @@ class Repeats:
                 raise pytest.UsageError(f"the champion's {names} does not run here: {result.reason} (see {log})")
 
     def rerun(self) -> None:
-        """Run the champion again if its last fresh run is 20 proposals ago."""
+        """Run the champion again where the last run that no verdict hung on is 20 proposals ago."""
         research = self._research
         since: set[int] = set()
         for record in reversed(research.ledger.runs):
-            if record["commit"] == research.workspace.champion and record["kind"] != "experiment":
+            if record["kind"] in UNPICKED:
                 break
             since.add(record["number"])
         if research.policy.rule == "ladder" and len(since) >= RERUN_EVERY:

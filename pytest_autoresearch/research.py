@@ -19,12 +19,12 @@ import pytest
 
 from .bench import Bench
 from .gate import signature
-from .ledger import Ledger, candidate_of, one_line, prior, result_of, results_tsv, run_record
+from .ledger import Ledger, candidate_of, one_line, prior, result_of, results_tsv, run_record, status_of
 from .lock import Snapshot
 from .nodes import Crashed, Experiment, ExperimentFile, run_item
 from .propose import NoProposal
 from .ratchet import settled
-from .records import Candidate, Result, Standing, Verdict
+from .records import INFRASTRUCTURE, Candidate, Result, Standing, Verdict
 from .repeats import RETRIES, Repeats
 from .report.terminal import Live, gap_lines, outcome_line
 from .settings import Settings
@@ -125,10 +125,12 @@ class Research:
         if own == self._signature(self.workspace.champion):
             return f"{names} means the same as the champion's"
         for record in reversed(self.ledger.runs):
-            ran = record["kind"] == "experiment" and record["result"]["kind"] != "foreign"
-            if ran and record["signature"] == own and record["parent"] == candidate.parent:
-                outcome = record["verdict"]["outcome"]
-                return f"{names} means the same as in experiment {record['number']} ({outcome})"
+            result = record["result"]
+            here = result["fingerprint"] == self.terms.fingerprint or result["status"] != "ok"
+            ran = here and result["kind"] not in (*INFRASTRUCTURE, "foreign", "interrupted", "setup")
+            if ran and record["signature"] == own:
+                before = f"experiment {record['number']} ({status_of(record)})" if record["number"] else "the baselines"
+                return f"{names} means the same as in {before}"
         return ""
 
     def same(self, one: Candidate, other: Candidate) -> bool:
@@ -167,6 +169,7 @@ class Research:
 
     def experiment(self, candidate: Candidate, *, earlier: Sequence[Result] = (), forbidden: str = "") -> Verdict:
         """Run a candidate as an item, record its verdict, and only then keep it or restore the champion."""
+        self.workspace.hold(candidate)
         number = candidate.number
         results = list(earlier)
         files = {} if forbidden else self.workspace.files(candidate.commit)

@@ -173,7 +173,7 @@ class Workspace:
         return Candidate(number=0, commit=self.champion, parent=self.head, description="baseline", lines_added=0)
 
     def candidate(self, number: int, description: str, attempt: int = 1) -> Candidate:
-        """Store the work tree's mutable files as a commit on the champion, kept by a ref of its own.
+        """Store the work tree's mutable files as a commit on the champion, which nothing points to before `hold`.
 
         Neither branch nor index moves. Raises WorkspaceError for a mutable file that is missing or not regular.
         """
@@ -183,10 +183,6 @@ class Workspace:
         tree = self._git.tree(self.head, changes, self.state / "index")
         description = ledger.one_line(description) or "no description"
         commit = self._git.commit(tree, self.head, description, self._git.identity(), int(time.time()))
-        ref = f"refs/autoresearch/{self.tag}/{number:04d}" + (f"-{attempt}" if attempt > 1 else "")
-        if self._git.maybe("update-ref", ref, commit, "0" * len(commit)) is None:
-            # A run that was killed before it was recorded had this number: the ref's log keeps that candidate.
-            self._git("update-ref", "--create-reflog", "-m", "autoresearch: number used again", ref, commit)
         before = {path: self._git.content(old[self.prefix + path][1]) for path in self.mutable}
         after = self.files(commit)
         return Candidate(
@@ -197,6 +193,14 @@ class Workspace:
             lines_added=sum(len(after[path].splitlines()) - len(before[path].splitlines()) for path in self.mutable),
             attempt=attempt,
         )
+
+    def hold(self, candidate: Candidate) -> None:
+        """Keep a candidate's commit for good, by a ref of its own."""
+        again = f"-{candidate.attempt}" if candidate.attempt > 1 else ""
+        ref, commit = f"refs/autoresearch/{self.tag}/{candidate.number:04d}{again}", candidate.commit
+        if self._git.maybe("update-ref", ref, commit, "0" * len(commit)) is None:
+            # A run that was killed before it was recorded had this number: the ref's log keeps that candidate.
+            self._git("update-ref", "--create-reflog", "-m", "autoresearch: number used again", ref, commit)
 
     def files(self, commit: str) -> dict[str, bytes]:
         """Return the mutable files of `commit` as the object database holds them."""

@@ -85,6 +85,14 @@ def test_what_is_no_experiment_is_not_run(nights: Nights, top: Path, name: str) 
     assert records(top) == before
 
 
+def test_a_discard_is_not_run_again_after_a_keep_nor_are_the_baselines(nights: Nights, top: Path) -> None:
+    better = train(0.5, more=MORE)
+    ended = nights.run(top, *LOOP, ideas=[idea(WORSE), idea(better), idea(WORSE), idea(BASE)])
+    said = re.findall(r"no experiment: train.py means the same as in (.*)", ended.out)
+    assert said[:2] == ["experiment 1 (discard)", "the baselines"], ended.out
+    assert [run["verdict"]["outcome"] for run in records(top) if run["verdict"]][-1] == "keep"
+
+
 RUN = {  # the whole train.py, its outcome, the reason
     "honest: a constant": (
         BASE.replace("DEPTH = 4", "DEPTH = 5").replace("= 1.0", "= 0.9"),

@@ -89,6 +89,7 @@ class Night:
     def experiment(self, outcome: str, content: bytes, description: str = "an idea") -> Candidate:
         (self.ws.workdir / self.ws.mutable[0]).write_bytes(content)
         candidate = self.ws.candidate(self.log.next_number(), description)
+        self.ws.hold(candidate)
         self.finish(record(candidate, outcome))
         return candidate
 
@@ -247,10 +248,12 @@ def test_every_attempt_stays_retrievable(root: Path) -> None:
         ws = night.ws
         for attempt in (1, 2, 3):
             (ws.workdir / "train.py").write_bytes(b"LR = %d\n" % attempt)
-            assert ws.candidate(1, "an idea", attempt).attempt == attempt
+            candidate = ws.candidate(1, "an idea", attempt)
+            assert candidate.attempt == attempt
+            ws.hold(candidate)
         for content in (b"LR = 4\n", contents["0002"]):  # the first was killed before it was recorded
             (ws.workdir / "train.py").write_bytes(content)
-            ws.candidate(2, "another")
+            ws.hold(ws.candidate(2, "another"))
         ws.load(git(root, "rev-parse", "refs/autoresearch/nov23/0001-2"))
         assert (ws.workdir / "train.py").read_bytes() == b"LR = 2\n"
     git(root, "reflog", "expire", "--expire=now", "HEAD", "main")

@@ -33,6 +33,7 @@ before, mine = kills(), []
 while not os.path.exists(ready): time.sleep(0.01)
 while kills() == before: mine.append(bytearray(b"x") * 2**24)
 """
+# well over half of what the group may have
 LARGE = HONEST.replace(
     "    for step,", "    held = torch.ones(300_000_000)\n    open('ready', 'w').close()\n    for step,", 1
 )
@@ -43,7 +44,7 @@ def test_a_trainer_that_the_system_killed_for_its_memory_is_no_fault_of_the_cand
     tmp_path: Path, cache: Path
 ) -> None:
     ready = tmp_path / "run/scratch/trainer/ready"
-    with little_memory(f"autoresearch-test-{os.getpid()}", 3_000) as group:
+    with little_memory(f"autoresearch-test-{os.getpid()}", 2_200) as group:
         procs = str(group / "cgroup.procs")
         with subprocess.Popen([sys.executable, "-c", NEIGHBOUR, procs, str(ready)]) as neighbour:
             try:
