@@ -5,9 +5,10 @@ Both need root's rights; a test that cannot have them is skipped.
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 
@@ -26,7 +27,7 @@ def small_disk(folder: Path, options: str) -> Iterator[Path]:
 
 @contextmanager
 def little_memory(name: str, megabytes: int) -> Iterator[Path]:
-    """Make a control group (of version 1 or 2) whose processes have so many MiB together; its processes must end."""
+    """Make a control group (version 1 or 2) whose processes have so many MiB together, and must end with the block."""
     groups = Path("/sys/fs/cgroup")
     old = (groups / "memory").is_dir()
     group = (groups / "memory" if old else groups) / name
@@ -42,4 +43,7 @@ def little_memory(name: str, megabytes: int) -> Iterator[Path]:
             pytest.skip(f"memory cannot be limited here: {error}")
         yield group
     finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(int(pid)).wait(timeout=10)
         group.rmdir()

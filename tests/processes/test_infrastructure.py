@@ -53,7 +53,6 @@ def test_a_trainer_that_the_system_killed_for_its_memory_is_no_fault_of_the_cand
                 assert neighbour.wait(timeout=WAIT_S) == 0
             finally:
                 neighbour.kill()
-        assert Path(procs).read_text() == ""
     assert (result["status"], result["kind"]) == ("crash", "killed"), result
     assert re.fullmatch("the training process ended with signal 9, .* out of memory .*", result["reason"])
 
