@@ -15,6 +15,7 @@ import glob
 import json
 import os
 import platform
+import runpy
 import shutil
 import struct
 import subprocess
@@ -202,6 +203,18 @@ def _seccomp_filter() -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 
 
+def _become(command: list[str]) -> None:
+    """Run the command in this process's place; a Python module in this very interpreter.
+
+    A new one would look for the oracle by listing the folder that it lies in. That is closed to it, and Landlock could
+    open it only with all that is below; this one has found the oracle already.
+    """
+    if command[:3] != [sys.executable, "-P", "-m"]:
+        os.execvp(command[0], command)
+    sys.argv = command[3:]
+    runpy.run_module(command[3], run_name="__main__", alter_sys=True)
+
+
 if __name__ == "__main__":
     _restrict(json.loads(sys.argv[1]))
-    os.execvp(sys.argv[2], sys.argv[2:])
+    _become(sys.argv[2:])

@@ -19,6 +19,12 @@ def within_the_budget(run: Judged) -> None:
     assert 0 < metrics["num_steps"] * 8 * 256 <= metrics["total_tokens_M"] * 1e6
 
 
+def at_rest_while_scored(run: Judged) -> None:
+    """Check that what the trainer's processes go on writing was last written before the first row was scored."""
+    scored_at = float(run.log.partition("SCORED AT ")[2].split()[0])
+    assert 0 < (run.scratch / "trainer/beat").stat().st_mtime < scored_at
+
+
 PATCH = """
     for name in ('time', 'monotonic', 'perf_counter', 'process_time', 'time_ns', 'monotonic_ns', 'perf_counter_ns'):
         setattr(time, name, lambda: 0)
@@ -37,7 +43,7 @@ WORK_ON = """
                 F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward(); optimizer.step(); optimizer.zero_grad()
 """
 WRITER = """
-    import itertools
+    import itertools, time
     for count in itertools.count():
         open('beat', 'w').write(str(count)); time.sleep(0.005)
 """
@@ -103,16 +109,10 @@ ATTACKS = {
                 os._exit(0)
         """,
         forward="""
-            if SCORING and not hasattr(self, 'looked'):
-                self.looked = True
-                beat = os.path.join('..', 'trainer', 'beat')
-                read = lambda: os.path.exists(beat) and open(beat).read()
-                before = read(); time.sleep(0.3)
-                print('STILL AT WORK' if read() != before else 'AT REST', flush=True)
+            if SCORING: print('SCORED AT', time.time(), flush=True)
             return self.table[tokens]
         """,
-        says="AT REST",
-        never="STILL AT WORK",
+        check=at_rest_while_scored,
     ),
 }
 

@@ -23,7 +23,7 @@ IDEAS = [
     Idea(description="breaks", text=train(0.5, mode="bang")),
     Idea(description="close", text=train(0.89, noise=0.0)),
     Idea(description="busy at first", text=train(1.9, mode="busy at first")),
-    *(Idea(description=f"worse still {n}", text=train(2.0 + n)) for n in range(6, 25)),
+    *(Idea(description=f"worse still {n}", text=train(2.0 + n)) for n in range(6, 21)),
 ]
 TRY = ("--autoresearch-try", "by hand", "--autoresearch-tag=lab")
 ENDS = ((1,), (0, 4))  # exit codes of a loop out of ideas; of a try: kept, or kept already and there is nothing to try
@@ -48,8 +48,8 @@ PARTS = {
     "crash": Part(first=2, last=3, outcomes=("crash",)),
     "confirm and keep": Part(first=3, last=4, outcomes=("confirm", "keep")),
     "retry": Part(first=4, last=5, outcomes=("retry", "discard"), runs=range(2)),
-    "champion again": Part(first=23, last=24, outcomes=("discard", "champion"), runs=range(2, 3)),
-    "try and keep": Part(first=24, last=24, outcomes=("keep",), after="", edit=train(0.5)),
+    "champion again": Part(first=19, last=20, outcomes=("discard", "champion"), runs=range(2, 3)),
+    "try and keep": Part(first=20, last=20, outcomes=("keep",), after="", edit=train(0.5)),
 }
 
 

@@ -108,9 +108,16 @@ class Judged:
 
 
 def judge(
-    directory: Path, cache: Path, source: str = "", *, code: str = JUDGE, cold: bool = False, **request: Any
+    directory: Path,
+    cache: Path,
+    source: str = "",
+    *,
+    code: str = JUDGE,
+    cold: bool = False,
+    root: Path = ROOT,
+    **request: Any,
 ) -> Judged:
-    """Judge `source` as train.py in directories below `directory`, by `code` in a warm judge or a `cold` one."""
+    """Judge `source` as train.py below `directory`: by `code` in a warm judge, or by a `cold` one out of `root`."""
     candidate, scratch = directory / "candidate", directory / "scratch"
     candidate.mkdir(parents=True, exist_ok=True)  # verify follows a run in the same place
     scratch.mkdir(exist_ok=True)
@@ -126,7 +133,7 @@ def judge(
         **request,
     }
     reading, writing = os.pipe()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "AUTORESEARCH_CACHE": str(cache)}
+    env = {**os.environ, "PYTHONPATH": str(root), "AUTORESEARCH_CACHE": str(cache)}
     (directory / "request").write_text(json.dumps(order))
     with open(reading, encoding="utf-8") as channel:
         with (directory / "run.log").open("wb") as log, (directory / "request").open("rb") as stdin:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from oracle import sandbox
-from tests.processes.judging import Judged, judge
+from tests.processes.judging import FEW_ROWS, ROWS, Judged, judge
 
 TRAIN = """
 import os, torch
@@ -142,7 +142,7 @@ def test_an_honest_candidate_passes_to_the_last_bit(judged: Callable[..., Judged
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_cheat_is_a_crash_that_says_what_it_did(judged: Callable[..., Judged], name: str) -> None:
     body, reason = CHEATS[name]
-    result = judged(candidate(body)).result
+    result = judged(candidate(body), code=FEW_ROWS).result
     assert (result["status"], result.get("kind")) == ("crash", "audit"), result
     found = re.match(reason, result["reason"])
     assert found and "\n" not in result["reason"], result
@@ -155,24 +155,26 @@ def test_a_cheat_is_a_crash_that_says_what_it_did(judged: Callable[..., Judged],
 )
 def test_a_scorer_leaves_no_notes_for_the_one_that_checks_it(judged: Callable[..., Judged], tmp_path: Path) -> None:
     source = candidate(NOTES).replace("class Model", LOOK + "\n\nclass Model").replace("NAME", f"{tmp_path.name}.pt")
-    result = judged(source).result
+    result = judged(source, code=FEW_ROWS).result
     assert (result["status"], result.get("kind")) == ("crash", "audit"), result
     assert result["reason"].startswith("looks ahead")
 
 
 def test_kept_weights_are_verified_and_nothing_else_in_their_place(judged: Callable[..., Judged]) -> None:
     source = candidate(HONEST["attention"])
-    run = judged(source, heldout=True)
+    half = f"from oracle import judge\njudge.AUDIT_ROWS = {ROWS // 2}\n{FEW_ROWS}"
+    run = judged(source, code=half, heldout=True)
+    assert run.result["metrics"]["audit_rows"] == ROWS // 2
     weights = run.scratch / "trainer/weights.safetensors"
     assert run.result["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     metrics = run.result["metrics"]
-    claim = {"op": "verify", "weights_sha256": run.result["weights_sha256"], "baseline": metrics}
+    claim = {"code": half, "op": "verify", "weights_sha256": run.result["weights_sha256"], "baseline": metrics}
 
     verified = judged(source, **claim, score=metrics["val_bpb"])
     assert verified.result["status"] == "ok", verified.result
     assert verified.result["metrics"] == {
         "heldout_bpb": metrics["heldout_bpb"],
-        "audit_rows": 512,
+        "audit_rows": ROWS,
         "audit_difference": 0.0,
     }
 

@@ -27,7 +27,8 @@ def test_a_model_that_draws_while_it_is_scored_breaks_a_guarantee(tmp_path: Path
     noisy = HONEST.replace(
         "return self.table[tokens]", "return self.table[tokens] + 0.01 * torch.randn(self.table.shape[1])"
     )
-    table = judge(tmp_path, cache, noisy, code=FEW_ROWS, op="determinism").result["table"]
+    short = f"from oracle import determinism\ndeterminism.POISON.clear()\n{FEW_ROWS}"
+    table = judge(tmp_path, cache, noisy, code=short, op="determinism").result["table"]
     broken = {row["condition"] for row in table if not row["holds"]}
     assert "the same process again" in broken
     assert "another fresh process" not in broken  # the seed is the judge's: that much is deterministic

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def test_it_reads_the_candidate_and_the_oracle_but_no_data_ledger_repository_or_
     paths = [str(path) for path in hidden if path.exists()]
     folders = [str(ROOT / ".git"), str(place.run.parent), str(Path.home()), "/var", "/home", "/mnt"]
     answer = place.python(
-        f"{TRY}\nimport oracle.constants\n"
+        f"{TRY}\nopen({sandbox.__file__!r}).close()\n"
         f"answer = [open({str(place.candidate / 'train.py')!r}).read(),\n"
         f"          [p for p in {paths} if attempt(open, p) != 'refused'],\n"
         f"          [e for p in {folders} if attempt(os.listdir, p) != 'refused' for e in os.listdir(p)]]"
@@ -281,6 +282,18 @@ def test_honest_training_is_the_same_in_every_sandbox_and_in_none(
         assert run.result["metrics"]["val_bpb"] == split["metrics"]["val_bpb"]
         assert run.result["memory_gb"] == pytest.approx(split["memory_gb"], rel=0.1)
         assert run.log.partition("THREADS ")[2].split()[0] == runs["none"].log.partition("THREADS ")[2].split()[0]
+
+
+def test_the_oracle_is_the_pristine_copy_that_the_judge_runs_from(
+    level: Level, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the loop: nothing but PYTHONPATH says where it lies, in a folder that the sandbox does not show."""
+    monkeypatch.setenv("AUTORESEARCH_SANDBOX", level)
+    locked = tmp_path / "locked"
+    shutil.copytree(Path(sandbox.__file__).parent, locked / "oracle", ignore=shutil.ignore_patterns("__pycache__"))
+    source = "import oracle.run\nraise Exception(oracle.run.__file__)"
+    result = judge(tmp_path / "run", cache, source, cold=True, root=locked).result
+    assert result["reason"] == f"Exception: {locked / 'oracle/run.py'} (train.py:2)", result
 
 
 def test_a_signal_that_ended_the_trainer_is_named(
