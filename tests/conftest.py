@@ -4,6 +4,7 @@ And a small prepared corpus in the shape of the tiny profile, made once for all 
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.processes.judging import ROOT, write_corpus
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or no child that a test starts would hear Ctrl-C
+
 
 settings.register_profile("gate", derandomize=True, database=None, deadline=None, max_examples=100)
 settings.register_profile("hunt", deadline=None, max_examples=5_000, suppress_health_check=[HealthCheck.too_slow])
