@@ -33,6 +33,8 @@ if request["op"] == "check":
     answer = {"event": "result", "schema": 1, "status": "ok", "budget_s": 600}
     os.write(int(os.environ["AUTORESEARCH_CHANNEL"]), json.dumps(answer).encode() + b"\\n")
     sys.exit()
+if os.path.exists(os.environ["RUNNER"]):
+    sys.exit(3)  # what the machine spoilt runs again: once up is enough
 with open(os.environ["RUNNER"], "w") as file:
     file.write(f"{os.getpid()} {os.getppid()}")
 if "FILL" in os.environ:
