@@ -23,6 +23,7 @@ class _Commit:
     picked: list[tuple[float, float]] = field(default_factory=list)  # (score, memory_gb) of an experiment's first run
     fresh: list[tuple[float, float]] = field(default_factory=list)  # of every later one
     unpicked: list[float] = field(default_factory=list)
+    total: float = 0.0  # of the fresh scores
 
 
 @dataclass(slots=True)
@@ -65,10 +66,11 @@ class Known:
             commit.picked.append(run)
             return
         if commit.fresh:  # Welford: the squares grow by the product of the distances to the old and the new mean
-            before = fmean(score for score, _ in commit.fresh)
+            before = commit.total / len(commit.fresh)
             machine.squares += (run[0] - before) ** 2 * len(commit.fresh) / (len(commit.fresh) + 1)
             machine.freedom += 1
         commit.fresh.append(run)
+        commit.total += run[0]
         if kind in UNPICKED:
             commit.unpicked.append(run[0])
 
