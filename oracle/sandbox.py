@@ -72,11 +72,14 @@ _PROC = tuple(
         "version",
     )
 )
-# seccomp refuses: socket, shmget, semget, msgget, mq_open, add_key, request_key, keyctl, io_uring_setup
+# seccomp refuses: connect, shmget, semget, msgget, mq_open, add_key, request_key, keyctl, io_uring_setup; and socket,
+# but for the one kind that CUDA's driver asks for at its start, which is of no use without connect
 _CALLS = {
-    "x86_64": (0xC000003E, (41, 29, 64, 68, 240, 248, 249, 250, 425)),
-    "aarch64": (0xC00000B7, (198, 194, 190, 186, 180, 217, 218, 219, 425)),
+    "x86_64": (0xC000003E, 41, (42, 29, 64, 68, 240, 248, 249, 250, 425)),
+    "aarch64": (0xC00000B7, 198, (203, 194, 190, 186, 180, 217, 218, 219, 425)),
 }
+_AF_UNIX, _SOCK_SEQPACKET = 1, 5
+_CUDA_PROBE = "import ctypes, sys; sys.exit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
 
 
 class SandboxError(Exception):
@@ -85,7 +88,7 @@ class SandboxError(Exception):
 
 @functools.cache
 def available() -> Level:
-    """Return the best level that works here, found out by starting `true` in it (milliseconds, once a process)."""
+    """Return the best level that works here, found out by starting something in it, once a process."""
     wanted = os.environ.get("AUTORESEARCH_SANDBOX")
     if wanted is not None and wanted not in LEVELS:
         raise SandboxError(f"AUTORESEARCH_SANDBOX is {wanted!r}: choose one of {', '.join(LEVELS)}")
@@ -98,13 +101,14 @@ def trust() -> Literal["sealed", "split"]:
 
 
 def works(level: Level) -> bool:
-    """Tell whether `level` can be used on this machine."""
+    """Tell whether `level` can be used on this machine, with its GPU where there is an Nvidia one."""
     if level == "none":
         return True
     if sys.platform != "linux" or (level == "bubblewrap" and shutil.which("bwrap") is None):
         return False
+    probe = [sys.executable, "-P", "-c", _CUDA_PROBE] if glob.glob("/dev/nvidia[0-9]*") else ["true"]
     with tempfile.TemporaryDirectory() as folder:
-        command = wrap(["true"], level, writable=Path(folder), readable=())
+        command = wrap(probe, level, writable=Path(folder), readable=())
         return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
 
@@ -122,6 +126,7 @@ def wrap(command: Sequence[str], level: Level, *, writable: Path, readable: Iter
         allowed = {
             "read": [*map(str, seen), *map(str, _existing(_PROC))],
             "write": [str(writable)],
+            "own": ["/proc/self"],  # where the CUDA driver names its threads
             "device": [*map(str, _existing((*_PLAIN_DEVICES, *_DEVICES)))],
         }
         return [sys.executable, "-P", "-m", "oracle.sandbox", json.dumps(allowed), *command]
@@ -166,10 +171,11 @@ def _restrict(allowed: dict[str, list[str]]) -> None:
     read = AccessFS.EXECUTE | AccessFS.READ_FILE | AccessFS.READ_DIR
     device = AccessFS.READ_FILE | AccessFS.WRITE_FILE | AccessFS.TRUNCATE | AccessFS.IOCTL_DEV
     write = fs_for_abi(abi) & ~(AccessFS.MAKE_CHAR | AccessFS.MAKE_BLOCK | AccessFS.IOCTL_DEV)
+    own = read | AccessFS.WRITE_FILE | AccessFS.TRUNCATE
     of_files = read & ~AccessFS.READ_DIR | device
     scope = Scope.SIGNAL | Scope.ABSTRACT_UNIX_SOCKET
     with Ruleset(handled_fs=fs_for_abi(abi), handled_net=net_for_abi(abi), scoped=scope, best_effort=False) as rules:
-        for kind, rights in (("read", read), ("write", write), ("device", device)):
+        for kind, rights in (("read", read), ("write", write), ("own", own), ("device", device)):
             for name in allowed[kind]:
                 rules.allow_path(name, rights if os.path.isdir(name) and kind != "device" else rights & of_files)
         assert AccessNet.CONNECT_TCP in rules.handled_net
@@ -190,15 +196,15 @@ def _restrict(allowed: dict[str, list[str]]) -> None:
 
 def _seccomp_filter() -> bytes:
     """Return a BPF program (linux/filter.h) that answers the calls of `_CALLS` with EPERM and lets all others pass."""
-    architecture, calls = _CALLS[platform.machine()]
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    architecture, socket, calls = _CALLS[platform.machine()]
+    load, equal, at_least, mask, answer = 0x20, 0x15, 0x35, 0x54, 0x06
     refuse, kill, allow = 0x00050001, 0x80000000, 0x7FFF0000
-    checks = [
-        (at_least, 0x40000000),
-        *((equal, call) for call in calls),
-    ]  # first: x32's numbers for the same calls
-    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    program += [(code, len(checks) - index, 0, value) for index, (code, value) in enumerate(checks)]
+    number, machine, domain, kind = 0, 4, 16, 24  # offsets in struct seccomp_data
+    checks = [(at_least, 0x40000000), *((equal, call) for call in calls)]  # first: x32's numbers for the same calls
+    program = [(load, 0, 0, machine), (equal, 1, 0, architecture), (answer, 0, 0, kill), (load, 0, 0, number)]
+    program += [(code, len(checks) + 6 - index, 0, value) for index, (code, value) in enumerate(checks)]
+    program += [(equal, 0, 5, socket), (load, 0, 0, domain), (equal, 0, 4, _AF_UNIX)]
+    program += [(load, 0, 0, kind), (mask, 0, 0, 0xF), (equal, 0, 1, _SOCK_SEQPACKET)]
     program += [(answer, 0, 0, allow), (answer, 0, 0, refuse)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
 

@@ -59,7 +59,7 @@ def _train(order: dict[str, Any], channel: Channel) -> None:
     spec = ModelSpec(vocab_size=profile.vocab_size, seq_len=profile.seq_len, device=device)
     torch.manual_seed(order["seed"])
     check_forward(build(candidate.build_model, spec), spec)
-    channel.send(op="ready")
+    channel.send(op="ready", device=device.type)
     torch.manual_seed(order["seed"])  # the gate's model has drawn from the generator
     run = Run(
         profile=profile,

@@ -88,6 +88,7 @@ class Training:
         weights.parent.mkdir()
         self.budget_s = profile.budget_s if request["budget_s"] is None else float(request["budget_s"])
         self.startup_s = profile.startup_s
+        self.device = ""  # type of the trainer's, by its word
         self._events = events
         self._ring = shared_memory(RING_BYTES)
         self._feed = _Feed(prepared, self.budget_s, self._ring)
@@ -149,8 +150,8 @@ class Training:
                 match message:
                     case None:
                         raise trainer.crash("error", "the training process ended with {how} before it returned a model")
-                    case {"op": "ready"}:
-                        pass
+                    case {"op": "ready", "device": str(device)}:
+                        self.device = device
                     case {"op": "batches", "rows": rows, "seq_len": seq_len} if trained_s is None:
                         feed.open(rows, seq_len)
                     case {"op": "next"} if trained_s is None:
