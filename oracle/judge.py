@@ -38,6 +38,7 @@ SCHEMA = 1
 AUDIT_ROWS = 256  # of each run; before a keep, `verify` audits every row
 EARLY_SCORERS = 2  # of each run: one scores, one audits
 PROGRESS_S = 0.25  # at most one progress event in this time
+COMPUTES = ("torch", "numpy", "tiktoken", "rustbpe")  # distributions whose versions are locked, less +cpu and the like
 BUSY_MB = 2_048  # of device memory in use once the trainer is gone; the judge itself holds about a quarter of that
 
 
@@ -103,6 +104,8 @@ def run(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str
                     raise Crash("busy", f"{busy}: {crash}", crash.detail) from crash
                 raise
             training.end()
+            if training.device != device.type:
+                raise Crash("error", f"trained on {training.device or 'no device'}, where the judge has {device.type}")
             on_cpu = device.type != "cuda"
             peak_mb = peak_memory_mb(device, resource.RUSAGE_CHILDREN) if on_cpu else trained.peak_device_mb
             events.send("phase", phase="score")
@@ -188,7 +191,7 @@ def main() -> None:
     try:
         name = request["profile"]
         profile = named_profile(name, "--autoresearch-profile") if name else active_profile()
-        prepared = Prepared.open(profile)
+        prepared = Prepared.open(profile, request.get("data"))
         identity = fingerprint(prepared)
         if request["op"] == "check":
             answer = {
@@ -196,6 +199,8 @@ def main() -> None:
                 "profile": profile.name,
                 "verifies": True,
                 "steady": bool(identity["gpu"]),  # a GPU is taken to be one's own; a CPU's cores are shared
+                "data": prepared.identity,
+                "versions": {name: version(name).partition("+")[0] for name in COMPUTES},
                 "trust": sandbox.trust(),
                 "trust_reason": f"sandbox {sandbox.available()}; sealed needs bubblewrap, or Landlock ABI 6 or later",
             }

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ class Prepared:
     profile: Profile
     home: Path
     manifest: dict[str, Any]
+    seen: dict[str, list[int]] = field(default_factory=dict)  # name -> device, inode, size, times, as it was read
 
     @classmethod
-    def open(cls, profile: Profile) -> "Prepared":
+    def open(cls, profile: Profile, known: Mapping[str, Any] | None = None) -> "Prepared":
         """Find the data of `profile`, read every file and compare its digest.
 
-        Raises DataError naming the file that is missing or changed and the command that mends it.
+        With `known`, the `identity` of an earlier time, the digests must be those, and a file that was seen as it is
+        now is not read again. Raises DataError naming the file that is missing or changed and what mends it.
         """
         home = data_folder(profile)
         again = f"run `{prepare_command(profile)}`"
@@ -43,10 +46,25 @@ class Prepared:
             raise DataError(f"{home / MANIFEST} is damaged: {again}") from error
         if manifest["schema"] != SCHEMA or manifest["constants"] != data_constants(profile):
             raise DataError(f"{home} was prepared with other constants: {again} to prepare it anew")
-        for name, entry in manifest["files"].items():
+        files = manifest["files"]
+        if known and {name: entry["sha256"] for name, entry in known.items()} != {
+            name: entry["sha256"] for name, entry in files.items()
+        }:
+            raise DataError(f"{home} was prepared anew since the first run: start again")
+        seen = {}
+        for name, entry in files.items():
+            seen[name] = _seen(home / name)
+            if known and seen[name] and known[name]["seen"] == seen[name]:
+                continue
             if found := fault(home / name, entry["bytes"], entry["sha256"]):
                 raise DataError(f"{home / name} {found}: {again}")
-        return cls(profile=profile, home=home, manifest=manifest)
+        return cls(profile=profile, home=home, manifest=manifest, seen=seen)
+
+    @property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Return sha256, bytes and what was seen of each file, by name."""
+        files = self.manifest["files"].items()
+        return {name: {"sha256": e["sha256"], "bytes": e["bytes"], "seen": self.seen[name]} for name, e in files}
 
     @property
     def command(self) -> str:
@@ -153,6 +171,15 @@ def fault(path: Path, size: int, digest: str) -> str | None:
     if file_digest(path) != digest:
         return "is damaged (its sha256 is not the manifest's)"
     return None
+
+
+def _seen(path: Path) -> list[int]:
+    """Return what the file system knows of a file and changes whenever the file does; nothing where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _digest(content: object) -> str:

@@ -6,7 +6,9 @@ import stat
 import tempfile
 from pathlib import Path
 
-from ._git import WorkspaceError
+
+class WorkspaceError(Exception):
+    """What stands in the way of working with files and repository, and what to do, in one line."""
 
 
 def place(top: Path, path: str) -> Path:

@@ -9,6 +9,10 @@ from typing import BinaryIO
 
 from git import Git
 
+from ._files import WorkspaceError
+
+__all__ = ["Plumbing", "WorkspaceError", "cacheinfo"]
+
 SETTINGS = {
     "core.hooksPath": "/dev/null",
     "core.fsmonitor": "false",
@@ -23,10 +27,6 @@ SETTINGS = {
     "advice.graftFileDeprecated": "false",
 }
 FALLBACK = ("autoresearch", "autoresearch@localhost")  # for a user without user.name or user.email
-
-
-class WorkspaceError(Exception):
-    """What stands in the way of working with the repository, and what to do, in one line."""
 
 
 class Plumbing:

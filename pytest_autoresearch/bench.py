@@ -43,6 +43,8 @@ class Terms:
     trust: str = ""  # that every run will have
     verifies: bool = False  # the runner can look at a run once more before it is kept
     steady: bool = False  # nobody else uses the machine: the same files do the same work
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> sha256, bytes, seen
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what computes
 
 
 class _NoRoom(Exception):
@@ -89,6 +91,8 @@ class Bench:
             trust=trust,
             verifies=answer.get("verifies") is True,
             steady=answer.get("steady") is True,
+            data=_data(answer.get("data")),
+            versions=_versions(answer.get("versions")),
         )
         return self.terms
 
@@ -107,7 +111,7 @@ class Bench:
         `heldout` asks for the score on the second split too; `baseline` has the metrics of the first baseline.
         """
         self.clear()
-        asked = {"seed": seed, "heldout": heldout, "baseline": baseline}
+        asked = {"seed": seed, "heldout": heldout, "baseline": baseline, "data": dict(self.terms.data)}
         return self._settled(self._answer("run", name, files, on_event, asked, self._result))
 
     def verify(
@@ -295,6 +299,23 @@ class Bench:
             metrics=metrics,
             fingerprint=self._fingerprint(said.get("fingerprint")),
         )
+
+
+def _data(said: object) -> dict[str, dict[str, Any]]:
+    """Return the runner's digests of its data: {name: {sha256, bytes, seen}}; `seen` is its own, handed back to it."""
+    try:
+        listed = dict(said or {})  # type: ignore[call-overload]
+        return {
+            str(name): {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"]), "seen": entry.get("seen")}
+            for name, entry in listed.items()
+        }
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise pytest.UsageError("the runner gave data without sha256 and bytes: use a matching runner") from None
+
+
+def _versions(said: object) -> dict[str, str]:
+    given = said if isinstance(said, dict) else {}
+    return {str(name): one_line(str(number)).replace(" ", "") or "none" for name, number in given.items()}
 
 
 def _metrics(said: Mapping[str, Any]) -> dict[str, float | int | str]:

@@ -7,6 +7,7 @@ import pytest
 
 from . import nodes
 from . import settings as settings_
+from .lockfile import settle
 from .mode import NAME, Mode
 from .nodes import Crashed, Experiment
 from .records import Result
@@ -35,7 +36,9 @@ class Determinism(Mode):
         return True
 
     def _trial(self, item: Experiment) -> None:
-        with nodes.temporary_bench(self.settings) as (bench, files):
+        settings = self.settings
+        with nodes.temporary_bench(settings) as (bench, files):
+            settle(settings.root, bench.lock, bench.terms, settings.lock_digest)
             self.say(f"determinism: {item.path.name} is trained once and scored under each condition")
             with report.Live(self.config, item.name, bench.terms.budget_s) as live:
                 answer = bench.determinism(files, seed=secrets.randbits(31), on_event=live.event)

@@ -1,13 +1,21 @@
-"""Digests of the files that decide a score, and a pristine copy of them taken when the loop starts."""
+"""The files that decide a score as they are at one moment: compared later, copied pristine, put back."""
 
+import fnmatch
 import hashlib
 import json
 import os
 import posixpath
+import shutil
+import site
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ._files import clear
+
+LINK = "120000"  # git's mode of a symlink
 
 
 class LockError(Exception):
@@ -15,107 +23,185 @@ class LockError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """What is locked of one file. Of text the line ends do not count: CRLF is taken for LF where there is no NUL."""
+
+    sha256: str
+    size: int
+    mode: str  # as git writes it: 100644, 100755, 120000
+
+    @classmethod
+    def of(cls, content: bytes, mode: str) -> "Entry":
+        """Return the entry of a file's content, or of where a symlink points."""
+        if mode != LINK and b"\0" not in content:
+            content = content.replace(b"\r\n", b"\n")
+        return cls(sha256=hashlib.sha256(content).hexdigest(), size=len(content), mode=mode)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The locked files as they were at one moment, bytes included."""
 
     patterns: tuple[str, ...]
-    files: Mapping[str, bytes]  # relative POSIX path -> content
-    links: Mapping[str, str]  # relative POSIX path -> where the symlink points
-    digests: Mapping[str, str]  # relative POSIX path -> sha256, sorted
+    contents: Mapping[str, bytes]  # relative POSIX path -> content; of a symlink, where it points
+    entries: Mapping[str, Entry]  # the same paths, sorted
 
     @classmethod
     def take(cls, root: Path, patterns: Sequence[str]) -> "Snapshot":
         """Read every file under `patterns`: files, folders (recursively) or globs, relative to `root`.
 
-        `__pycache__` and `*.pyc` are left out: they are no source and must not be run. Raises LockError for a
-        pattern without a file and for a symlink that leads out of the locked files.
+        `__pycache__` and `*.pyc` are left out: they are no source and must not be run. A pattern may name nothing
+        yet. Raises LockError for a symlink that leads out of the locked files.
         """
-        files: dict[str, bytes] = {}
-        links: dict[str, str] = {}
-        for pattern in patterns:
-            found = list(_paths(root, pattern))
-            if not found:
-                raise LockError(f"immutable path {pattern!r} names no file in {root}: correct or remove it")
-            for path in found:
-                name = path.relative_to(root).as_posix()
-                content = _content(path)
-                if isinstance(content, str):
-                    links[name] = content
-                else:
-                    files[name] = content
-        for name, target in links.items():
-            inside = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-            if not any(other == inside or other.startswith(inside + "/") for other in files):
-                raise LockError(f"{name} is a symlink to {target}, outside the locked files: put the file in place")
-        contents: dict[str, bytes | str] = {**files, **links}
-        digests = {name: _sha256(contents[name]) for name in sorted(contents)}
-        return cls(patterns=tuple(patterns), files=files, links=links, digests=digests)
+        found = {path.relative_to(root).as_posix(): _read(path) for path in _paths(root, patterns)}
+        for name, (content, mode) in found.items():
+            if mode == LINK:
+                target = os.fsdecode(content)
+                inside = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+                files = (other for other, (_, kind) in found.items() if kind != LINK)
+                if not any(other == inside or other.startswith(inside + "/") for other in files):
+                    raise LockError(f"{name} is a symlink to {target}, outside the locked files: put the file in place")
+        return cls(
+            patterns=tuple(patterns),
+            contents={name: content for name, (content, _) in found.items()},
+            entries={name: Entry.of(*found[name]) for name in sorted(found)},
+        )
 
     @property
     def digest(self) -> str:
-        """Return one sha256 over all names and contents."""
-        return hashlib.sha256(json.dumps(dict(self.digests), sort_keys=True).encode()).hexdigest()
+        """Return one sha256 over all names, contents and modes."""
+        listed = [[name, entry.sha256, entry.mode] for name, entry in self.entries.items()]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def changed(self, root: Path) -> list[str]:
-        """Return one line for each locked file that is changed, missing or new under `root`, sorted by name."""
-        now = {path.relative_to(root).as_posix(): path for p in self.patterns for path in _paths(root, p)}
-        lines: list[str] = []
-        for name in sorted(now.keys() | self.digests.keys()):
-            if name not in now:
-                lines.append(f"missing: {name}")
-            elif name not in self.digests:
-                lines.append(f"added: {name}")
-            elif not _matches(now[name], self.digests[name]):
-                lines.append(f"changed: {name}")
-        return lines
+        """Return one line for each locked file that is not as it was under `root`, sorted by name."""
+        return list(differences(self.entries, self.now(root)).values())
+
+    def marks(self, root: Path) -> dict[str, tuple[int, ...]]:
+        """Return what the file system knows of each locked file: it changes with every edit, also one undone."""
+        marks: dict[str, tuple[int, ...]] = {}
+        for path in _paths(root, self.patterns):
+            seen = path.lstat()
+            marks[path.relative_to(root).as_posix()] = (seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns)
+        return marks
+
+    def touched(self, root: Path, marks: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Return one line for each locked file that is not as it was, now or at any time since `marks`."""
+        lines, now = differences(self.entries, self.now(root)), self.marks(root)
+        again = {name: f"edited and restored: {name}" for name in self.entries if now.get(name) != marks.get(name)}
+        return [line for _, line in sorted({**again, **lines}.items())]
 
     def write(self, directory: Path) -> None:
         """Write the files, as they were when the snapshot was taken, into an empty or new `directory`."""
-        for name, content in self.files.items():
-            target = directory / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "xb") as file:
-                file.write(content)
-        for name, link in self.links.items():
-            target = directory / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.symlink_to(link)
+        for name in self.contents:
+            self._write(directory / name, name)
+
+    def restore(self, root: Path, aside: Path) -> None:
+        """Put the locked files under `root` back; what was added or is in the way moves to a new folder in `aside`."""
+        wrong = differences(self.entries, self.now(root))
+        for name in wrong:
+            clear(root, name, aside)
+            if os.path.lexists(root / name):
+                shutil.move(root / name, tempfile.mkdtemp(prefix="aside-", dir=aside))
+        for name in wrong.keys() & self.contents.keys():
+            self._write(root / name, name)
+
+    def now(self, root: Path) -> dict[str, Entry]:
+        """Return the entries of what the patterns name under `root` now."""
+        now = {}
+        for path in _paths(root, self.patterns):
+            name = path.relative_to(root).as_posix()
+            try:
+                now[name] = Entry.of(*_read(path))
+            except LockError:  # unreadable, or a pipe: differs from every file
+                now[name] = Entry(sha256="", size=0, mode="")
+        return now
+
+    def _write(self, target: Path, name: str) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self.entries[name].mode == LINK:
+            target.symlink_to(os.fsdecode(self.contents[name]))
+            return
+        with open(target, "xb") as file:
+            file.write(self.contents[name])
+        target.chmod(0o755 if self.entries[name].mode == "100755" else 0o644)
 
 
-def _paths(root: Path, pattern: str) -> Iterator[Path]:
-    """Yield the files and symlinks that `pattern` names, folders walked without following links."""
-    start = root / pattern
-    for top in [start] if os.path.lexists(start) else sorted(root.glob(pattern)):
-        if top.is_symlink() or not top.is_dir():
-            yield top
-            continue
-        for folder, folders, names in os.walk(top):
-            linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-            folders[:] = [name for name in folders if name != "__pycache__" and name not in linked]
-            for name in [*linked, *names]:
-                if not name.endswith(".pyc"):
-                    yield Path(folder, name)
+def differences(before: Mapping[str, Entry], now: Mapping[str, Entry]) -> dict[str, str]:
+    """Return {name: line} of each file that is not the same, sorted by name."""
+    lines = {}
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if new is None:
+            lines[name] = f"missing: {name}"
+        elif old is None:
+            lines[name] = f"added: {name}"
+        elif new.mode == LINK != old.mode:
+            lines[name] = f"became a symlink: {name}"
+        elif old.sha256 != new.sha256:
+            lines[name] = f"changed: {name}"
+        elif old.mode != new.mode:
+            lines[name] = f"mode changed: {name} ({old.mode} -> {new.mode})"
+    return lines
 
 
-def _content(path: Path) -> bytes | str:
-    """Return a file's bytes, or where a symlink points."""
+def startup_files() -> dict[str, Entry]:
+    """Return what Python runs of itself at every start: `.pth` files and customization modules of its site folders."""
+    folders = {*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])}
+    patterns = ("*.pth", "sitecustomize*", "usercustomize*")
+    found = (path for folder in folders for pattern in patterns for path in Path(folder).glob(pattern))
+    return {str(path): Entry.of(*_read(path)) for path in sorted(found) if not path.is_dir()}
+
+
+def match(path: str, pattern: str) -> bool:
+    """Return whether `pattern` (a file, a folder or a glob) names the POSIX path or a folder that it is in."""
+    parts, wanted = path.split("/"), pattern.split("/")
+    return any(_match(parts[:end], wanted) for end in range(1, len(parts) + 1))
+
+
+def _match(parts: list[str], wanted: list[str]) -> bool:
+    if not wanted or not parts:
+        return all(part == "**" for part in wanted) and not parts
+    if wanted[0] == "**":
+        return _match(parts, wanted[1:]) or _match(parts[1:], wanted)
+    return fnmatch.fnmatchcase(parts[0], wanted[0]) and _match(parts[1:], wanted[1:])
+
+
+def _paths(root: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    """Yield the files and symlinks that `patterns` name, each once, folders walked without following links."""
+    tops = (
+        top
+        for pattern in patterns
+        for top in ([root / pattern] if os.path.lexists(root / pattern) else sorted(root.glob(pattern)))
+    )
+    seen = set()
+    for top in tops:
+        for path in _walk(top):
+            if path not in seen:
+                seen.add(path)
+                yield path
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    if top.is_symlink() or not top.is_dir():
+        yield top
+        return
+    for folder, folders, names in os.walk(top):
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        folders[:] = [name for name in folders if name != "__pycache__" and name not in linked]
+        for name in [*linked, *names]:
+            if not name.endswith(".pyc"):
+                yield Path(folder, name)
+
+
+def _read(path: Path) -> tuple[bytes, str]:
+    """Return a file's bytes, or where a symlink points, and its mode as git writes it."""
     try:
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
-            return os.readlink(path)
+            return os.fsencode(os.readlink(path)), LINK
         if not stat.S_ISREG(mode):
             raise LockError(f"{path} is no regular file and cannot be locked: remove it")
-        return path.read_bytes()
+        return path.read_bytes(), "100755" if mode & 0o100 else "100644"
     except OSError as error:
         raise LockError(f"cannot read the locked file {path}: {error.strerror}") from error
-
-
-def _sha256(content: bytes | str) -> str:
-    return hashlib.sha256(content if isinstance(content, bytes) else b"link:" + os.fsencode(content)).hexdigest()
-
-
-def _matches(path: Path, digest: str) -> bool:
-    try:
-        return _sha256(_content(path)) == digest
-    except LockError:  # now unreadable or no file any more: changed
-        return False

@@ -20,6 +20,7 @@ from . import nodes
 from . import settings as settings_
 from .ledger import LedgerError, candidate_of, champion_record, status_of
 from .lock import LockError
+from .lockfile import FILE
 from .mode import NAME, Mode
 from .propose.adopt import Adoption
 from .records import Candidate
@@ -89,6 +90,11 @@ class _Mode(Mode, ABC):
         where = "this checkout" if workspace.in_place else os.path.relpath(workspace.workdir, settings.root)
         self.say(f"autoresearch: branch {workspace.branch}, in {where}; changes {', '.join(settings.mutable)}")
         self.say(f"  {settings.metric}, {better} is better; {terms.budget_s:g} s of training a run{profile}{trust}")
+        lock, in_file = research.locked
+        of = FILE if in_file else f"the files as they are, as there is no {FILE}:"
+        self.say(f"  locked: {of} {lock.digest}")
+        if lock.data and not lock.covers(terms.profile):
+            self.say(f"  the data of profile {terms.profile} is not in {FILE}: what it is now counts for this call")
         for line in research.repaired:
             self.say(f"  {line}")
         if differs := research.lock.changed(settings.root):

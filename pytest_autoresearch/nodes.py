@@ -93,7 +93,7 @@ def temporary_bench(settings: Settings) -> "Iterator[tuple[Bench, dict[str, byte
 
     root = settings.root
     try:
-        lock = Snapshot.take(root, settings.locked(root))
+        lock = Snapshot.take(root, settings.immutable)
     except LockError as exc:
         raise pytest.UsageError(str(exc)) from None
     with tempfile.TemporaryDirectory(prefix="autoresearch-") as home:
@@ -104,13 +104,16 @@ def temporary_bench(settings: Settings) -> "Iterator[tuple[Bench, dict[str, byte
 
 def _run_once(item: Experiment) -> None:
     from . import settings as settings_
+    from .lockfile import settle
     from .report.terminal import Live
 
     settings = settings_.read(item.config)
     with temporary_bench(settings) as (bench, files), Live(item.config, item.name, bench.terms.budget_s) as live:
+        settle(settings.root, bench.lock, bench.terms, settings.lock_digest)
+        marks = bench.lock.marks(settings.root)
         result = bench.run(files, name="run", seed=secrets.randbits(31), on_event=live.event)
     item.record(result)
-    if changed := bench.lock.changed(settings.root):
+    if changed := bench.lock.touched(settings.root, marks):
         raise Crashed(f"locked files changed during the run: {', '.join(changed)}")
     if result.kind == "contract":
         raise pytest.UsageError(result.reason)

@@ -2,11 +2,11 @@
 
 `--autoresearch-loop`, `--autoresearch-try` (loop.py) and `--autoresearch-determinism` register a mode; naming a mutable
 file on the command line collects it as an experiment instead of importing it (nodes.py). Nothing else here does
-anything.
+anything. `--autoresearch-guard`, `-lock` and `-laws` are done before any conftest.py is loaded.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +77,38 @@ OPTIONS = (
         "reach every verdict of a line of research again from its ledger alone: exit code 1 where one differs",
     ),
     (
+        "--autoresearch-lock",
+        "check|update",
+        "compare everything that scores depend on with oracle.lock: exit code 1 where it differs; or write it anew",
+    ),
+    (
+        "--autoresearch-lock-digest",
+        "SHA256",
+        "run nothing unless the lock has this digest, which the loop prints at its start",
+    ),
+    (
+        "--autoresearch-guard",
+        "REF",
+        "name the immutable files that HEAD changed since it left REF, and run nothing: exit code 1 where there is one",
+    ),
+    (
+        "--autoresearch-allow-oracle-change",
+        None,
+        "let the guard pass such a change if oracle.lock was updated with it, and the laws and determinism hold",
+    ),
+    (
+        "--autoresearch-laws",
+        None,
+        "run the locked laws from a pristine copy in a process of their own: exit code 1 unless every one holds",
+    ),
+    (
         "--autoresearch-compare",
         "BRANCH",
         "line up champions, kept changes and gains of the loop's branches of several machines, and run nothing",
     ),
 )
 MODES = ("--autoresearch-loop", "--autoresearch-adopt", "--autoresearch-try", "--autoresearch-determinism")
+EARLY = ("--autoresearch-guard", "--autoresearch-lock", "--autoresearch-laws")
 REPORTS = ("--autoresearch-status", "--autoresearch-replay", "--autoresearch-compare")
 # name, type, default, help
 INI_KEYS: tuple[tuple[str, Any, Any, str], ...] = (
@@ -101,7 +127,8 @@ INI_KEYS: tuple[tuple[str, Any, Any, str], ...] = (
         "linelist",
         [],
         "files and folders the score depends on; a run gets a pristine copy of them "
-        "(default: oracle, tests/laws, conftest.py, program.md, pyproject.toml, as far as they exist)",
+        "(default: oracle, tests/laws, conftest.py, program.md, .github/workflows; pytest's configuration and "
+        "oracle.lock always are)",
     ),
     (
         "autoresearch_runner",
@@ -137,6 +164,21 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.add_hookspecs(hookspecs)
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # outside of pytest's capture, so that progress is seen
+def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None]:
+    """Do what must not depend on a conftest.py, and end; refuse to load one that is not the locked one."""
+    modes = _modes(early_config)
+    if modes and modes[0] in EARLY:
+        name = {"guard": "guard", "lock": "lockfile", "laws": "laws"}[modes[0].rpartition("-")[2]]
+        raise SystemExit(importlib.import_module(f".{name}", __package__).main(early_config))
+    if modes and modes[0] in MODES:
+        from .lockfile import refuse_changed_files
+        from .settings import immutable_patterns
+
+        refuse_changed_files(early_config.rootpath, immutable_patterns(early_config.getini("autoresearch_immutable")))
+    yield
+
+
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """Print a report and end, before any test is looked for."""
     reports = [name for name in _modes(config) if name in REPORTS]
@@ -157,12 +199,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _modes(config: pytest.Config) -> list[str]:
-    """Return the modes and reports that are asked for, at most one; raise a UsageError for options without theirs."""
-    used = [name for name, _, _ in OPTIONS if config.getoption(name.lstrip("-").replace("-", "_")) not in (None, False)]
-    modes = [name for name in used if name in MODES + REPORTS]
+    """Return what is asked for, at most one thing; raise a UsageError for options without theirs."""
+    given = config.known_args_namespace
+    used = [name for name, _, _ in OPTIONS if getattr(given, name.lstrip("-").replace("-", "_")) not in (None, False)]
+    modes = [name for name in used if name in MODES + REPORTS + EARLY]
     if len(modes) > 1:
         raise pytest.UsageError(f"{' and '.join(modes)} exclude each other: give one of them")
-    loop, adopt, attempt = MODES[:3]
+    loop, adopt, attempt, _ = MODES
     works_with = {
         "--autoresearch-max": [loop],
         "--autoresearch-hours": [loop, adopt],
@@ -170,6 +213,8 @@ def _modes(config: pytest.Config) -> list[str]:
         "--autoresearch-import": [loop],
         "--autoresearch-rule": [loop, adopt, attempt],
         "--autoresearch-tag": [loop, adopt, attempt, *REPORTS[:2]],
+        "--autoresearch-lock-digest": [*MODES, "--autoresearch-lock"],
+        "--autoresearch-allow-oracle-change": ["--autoresearch-guard"],
     }
     for name in used:
         if name in works_with and not set(modes) & set(works_with[name]):

@@ -105,6 +105,8 @@ class Repeats:
                 if not result.infrastructure or not left:
                     break
                 research.say(f"  {item.name}: {result.reason}: once more")
+            if changed := research.locked_files_changed():
+                result = Result(status="crash", kind="lock", reason=changed)
             item.record(result)
             if result.status != "ok" and kind != "baseline":
                 raise Crashed(result.reason, result.detail)

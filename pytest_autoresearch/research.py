@@ -20,7 +20,8 @@ import pytest
 from .bench import Bench
 from .gate import signature
 from .ledger import Ledger, candidate_of, one_line, prior, result_of, results_tsv, run_record, status_of
-from .lock import Snapshot
+from .lock import Snapshot, differences, startup_files
+from .lockfile import settle
 from .nodes import Crashed, Experiment, ExperimentFile, run_item
 from .propose import NoProposal
 from .ratchet import settled
@@ -59,9 +60,12 @@ class Research:
             line for line in (self.ledger.repaired, workspace.resume(self.ledger.history, settings.metric)) if line
         ]
         self.first = len(self.ledger.runs)  # records before it are of earlier calls
-        self.lock = Snapshot.take(workspace.workdir, settings.locked(workspace.workdir))
+        self.lock = Snapshot.take(workspace.workdir, settings.immutable)
+        self._marks = self.lock.marks(workspace.workdir)
+        self._startup = startup_files()
         self.bench = Bench(settings, self.lock, workspace.state / "runs")
         self.terms = self.bench.check()
+        self.locked = settle(workspace.workdir, self.lock, self.terms, settings.lock_digest)
         sigma, freedom = prior(workspace.state, self.terms.fingerprint)
         self.policy = replace(settings.policy, prior_sigma=sigma, prior_freedom=freedom)
         self._file = ExperimentFile.from_parent(session, path=settings.root / settings.mutable[0])
@@ -79,8 +83,8 @@ class Research:
     ) -> Candidate | Refused:
         """Ask for one proposal, or for the repair of one that crashed; return it as a candidate, or why it is none."""
         workspace = self.workspace
-        if workspace.foreign_changes():  # what a candidate did while it ran is not this proposer's doing
-            workspace.restore_foreign()
+        if self._foreign_changes():  # what a candidate did while it ran is not this proposer's doing
+            self._restore_foreign()
         why_not = "the proposer had no idea"
         crash, attempt = "", 1
         if crashed:
@@ -99,9 +103,9 @@ class Research:
             )
         except NoProposal as exc:
             description, why_not = None, str(exc)
-        foreign = workspace.foreign_changes()
+        foreign = self._foreign_changes()
         if foreign:
-            workspace.restore_foreign()
+            self._restore_foreign()
         if description is None and not foreign:
             workspace.restore()
             return Refused(reason=why_not)
@@ -118,6 +122,21 @@ class Research:
             workspace.restore()
             return Refused(reason=reason)
         return candidate
+
+    def _foreign_changes(self) -> list[str]:
+        """Return one line for each thing done in the loop's worktree beyond editing mutable files."""
+        workspace = self.workspace
+        if workspace.in_place:
+            return []
+        lines = workspace.foreign_changes()
+        named = {line.partition(": ")[2] for line in lines}
+        # What git does not see: files that it does not track, or takes for unchanged
+        unseen = differences(self.lock.entries, self.lock.now(workspace.workdir))
+        return lines + [line for name, line in unseen.items() if workspace.prefix + name not in named]
+
+    def _restore_foreign(self) -> None:
+        self.workspace.restore_foreign()
+        self.lock.restore(self.workspace.workdir, self.workspace.state)
 
     def not_new(self, candidate: Candidate) -> str:
         """Return why `candidate` is no experiment, or nothing."""
@@ -221,7 +240,7 @@ class Research:
             item.results.append(Result(status="crash", kind="setup", reason=item.veto or "its setup was skipped"))
             verdict = Verdict(outcome="crash", reason=item.results[-1].reason)
         assert verdict is not None
-        veto = item.veto or self._locked_files_changed()
+        veto = item.veto or self.locked_files_changed()
         if veto and verdict.outcome != "crash":
             verdict = Verdict(outcome="crash", reason=veto)
             if not item.veto:
@@ -249,7 +268,7 @@ class Research:
         return candidate, result_of(record)
 
     def _decide(self, item: Experiment, candidate: Candidate, results: list[Result]) -> Verdict:
-        if changed := self._locked_files_changed():
+        if changed := self.locked_files_changed():
             item.veto = item.veto or changed  # on record, whoever puts them back before the teardown
             return Verdict(outcome="crash", reason=changed)
         if results[-1].status != "ok":
@@ -259,8 +278,9 @@ class Research:
         )
         return settled(verdict, len(results))
 
-    def _locked_files_changed(self) -> str:
-        changed = self.lock.changed(self.workspace.workdir)
+    def locked_files_changed(self) -> str:
+        """Return what was done to the locked files since the present item began, edits undone included, or nothing."""
+        changed = self.lock.touched(self.workspace.workdir, self._marks)
         return f"locked files changed: {', '.join(changed)}"[:300] if changed else ""
 
     def append(
@@ -331,6 +351,11 @@ class Research:
                 on_event=live.event,
             )
         self.seconds.append(time.monotonic() - began)
+        if environment := list(differences(self._startup, startup_files()).values()):
+            raise pytest.UsageError(
+                f"what Python itself runs at its start was changed during the loop: {', '.join(environment)[:300]}: "
+                "this run does not count; see who did that, then start again"
+            )
         earlier = (record for record in reversed(self.ledger.runs) if record["commit"] == candidate.commit)
         alike = (record["result"] for record in earlier if record["result"]["fingerprint"] == result.fingerprint)
         before = next((said["work"] for said in alike if said["status"] == "ok"), 0.0)
@@ -351,7 +376,9 @@ class Research:
         return Live(self.session.config, f"  {item.name:>3}", self.terms.budget_s)
 
     def protocol(self, name: str, trial: Callable[[Experiment], None]) -> Experiment:
+        """Run `trial` as an item."""
         item = Experiment.from_parent(self._file, name=name, trial=trial)
+        self._marks = self.lock.marks(self.workspace.workdir)
         try:
             run_item(self.session, item)
         finally:

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
@@ -13,7 +14,12 @@ import pytest
 
 from .records import TRUST, Policy
 
-DEFAULT_IMMUTABLE = ("oracle", "tests/laws", "conftest.py", "program.md", "pyproject.toml")
+DEFAULT_IMMUTABLE = ("oracle", "tests/laws", "conftest.py", "program.md", ".github/workflows")
+# Locked whatever else is: what pytest reads its configuration from, and the lock.
+ALWAYS_IMMUTABLE = (
+    *("pytest.toml", ".pytest.toml", "pytest.ini", ".pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg"),
+    "oracle.lock",
+)
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
 
@@ -27,7 +33,7 @@ class Settings:
     budget_s: float | None  # None: the runner's own
     timeout_s: float | None  # None: twice the budget, at least bench.LEAST_TIMEOUT_S
     mutable: tuple[str, ...]
-    immutable: tuple[str, ...] | None  # None: those of DEFAULT_IMMUTABLE that exist
+    immutable: tuple[str, ...]  # patterns, as `immutable_patterns` gives them
     runner: tuple[str, ...]
     profile: str | None  # None: the runner's own
     branch_prefix: str
@@ -40,17 +46,17 @@ class Settings:
     require: str | None  # trust below which nothing is run
     adopt: str | None  # branch whose kept changes are proposed
     history: Path | None  # results.tsv of something else, to begin the history with
+    lock_digest: str | None  # that the lock must have
 
     @property
     def direction(self) -> Literal["min", "max"]:
         """Which way the metric is better."""
         return self.policy.direction
 
-    def locked(self, root: Path) -> tuple[str, ...]:
-        """Return the patterns of the immutable files below `root`."""
-        if self.immutable is not None:
-            return self.immutable
-        return tuple(name for name in DEFAULT_IMMUTABLE if (root / name).exists())
+
+def immutable_patterns(given: Sequence[str]) -> tuple[str, ...]:
+    """Return the patterns of everything immutable; `given` is what the ini key says."""
+    return (*(given or DEFAULT_IMMUTABLE), *ALWAYS_IMMUTABLE)
 
 
 def read(config: pytest.Config) -> Settings:
@@ -68,6 +74,11 @@ def read(config: pytest.Config) -> Settings:
     immutable = tuple(_path(name, "autoresearch_immutable") for name in config.getini("autoresearch_immutable"))
     if both := sorted(set(mutable) & set(immutable)):
         raise pytest.UsageError(f"{both[0]!r} is in autoresearch_mutable and autoresearch_immutable: remove one")
+    for pattern in immutable:
+        if not any(root.glob(pattern)):
+            raise pytest.UsageError(
+                f"autoresearch_immutable: {pattern!r} names no file in {root}: correct or remove it"
+            )
     runner = tuple(config.getini("autoresearch_runner"))
     if not runner:
         raise pytest.UsageError("autoresearch_runner is empty: give the command that judges a candidate")
@@ -86,7 +97,7 @@ def read(config: pytest.Config) -> Settings:
         budget_s=_number(config, "autoresearch_budget_s", above=0.0),
         timeout_s=_number(config, "autoresearch_timeout_s", above=0.0),
         mutable=mutable,
-        immutable=immutable or None,
+        immutable=immutable_patterns(immutable),
         runner=tuple(part.replace("{python}", sys.executable) for part in runner),
         profile=_given(config, "autoresearch_profile") or config.getini("autoresearch_profile") or None,
         branch_prefix=_word(config.getini("autoresearch_branch_prefix"), "autoresearch_branch_prefix"),
@@ -99,6 +110,7 @@ def read(config: pytest.Config) -> Settings:
         require=_trust(_given(config, "autoresearch_require")),
         adopt=_given(config, "autoresearch_adopt"),
         history=_file(config, _given(config, "autoresearch_import"), "--autoresearch-import"),
+        lock_digest=_digest(_given(config, "autoresearch_lock_digest")),
     )
 
 
@@ -129,7 +141,7 @@ def refuse_impossible(config: pytest.Config, mode: str) -> None:
 
 
 def _given(config: pytest.Config, name: str) -> str | None:
-    return cast("str | None", config.getoption(name))
+    return cast("str | None", getattr(config.known_args_namespace, name))  # known before any conftest.py is loaded
 
 
 def _ini(config: pytest.Config, name: str) -> Any:
@@ -211,6 +223,12 @@ def _file(config: pytest.Config, value: str | None, source: str) -> Path | None:
 def _trust(value: str | None) -> str | None:
     if value is not None and value not in TRUST[1:]:
         raise _bad(value, "--autoresearch-require", " or ".join(map(repr, reversed(TRUST[1:]))))
+    return value
+
+
+def _digest(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch("[0-9a-f]{64}", value):
+        raise _bad(value, "--autoresearch-lock-digest", "a sha256 as the loop prints it: 64 hexadecimal digits")
     return value
 
 

@@ -1,6 +1,6 @@
-"""Hypothesis profiles: `gate` is what `make test` runs, `hunt` is for nights (HYPOTHESIS_PROFILE=hunt).
+"""A small prepared corpus in the shape of the tiny profile, made once for all tests that judge.
 
-And a small prepared corpus in the shape of the tiny profile, made once for all tests that judge.
+The Hypothesis profiles are those of the laws, for every test.
 """
 
 import os
@@ -10,17 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
+import tests.laws.law  # noqa: F401 - the profiles, before any test module is imported
 from tests.processes.judging import ROOT, write_corpus
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or no child that a test starts would hear Ctrl-C
-
-
-settings.register_profile("gate", derandomize=True, database=None, deadline=None, max_examples=100)
-settings.register_profile("hunt", deadline=None, max_examples=5_000, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 pytest_plugins = ["pytester"]
 

@@ -1,11 +1,20 @@
-"""`law`: a property that must hold for its subject and must be violated by each of its mutants."""
+"""`law`: a property that must hold for its subject and must be violated by each of its mutants.
 
+And the Hypothesis profiles, here and in no conftest.py, so that they are locked with the laws: `gate` is what
+`make test` runs, `hunt` is for nights (HYPOTHESIS_PROFILE=hunt).
+"""
+
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
+
+settings.register_profile("gate", derandomize=True, database=None, deadline=None, max_examples=100)
+settings.register_profile("hunt", deadline=None, max_examples=5_000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 
 def law(

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from oracle.audit import COLUMNS, Audit, AuditError, Pass, change, sketch
 from oracle.packing import Tokens
-from tests.laws.law import law
-from tests.laws.zoo import BOS, CHEATS, HONEST, VOCAB, Fourier, Peeker
+
+from .law import law
+from .zoo import BOS, CHEATS, HONEST, VOCAB, Fourier, Peeker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, LENGTH, BATCH = 64, 24, 8

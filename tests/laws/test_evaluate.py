@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from oracle import evaluate
 from oracle.evaluate import Score, ScoreError, Tally, token_nats
-from tests.laws.law import law
+
+from .law import law
 
 BOS = 0
 

@@ -53,7 +53,7 @@ with open(os.environ["LAB_REQUESTS"], "a") as requests:
     requests.write(json.dumps(request) + "\n")
 if request["op"] == "check":
     promises = json.loads(os.environ.get("LAB_PROMISES", "{}"))
-    result("ok", budget_s=30.0, profile="tiny", fingerprint=FINGERPRINT, **promises)
+    result("ok", **{"budget_s": 30.0, "profile": "tiny", "fingerprint": FINGERPRINT, **promises})
 source = (Path(request["candidate"]) / "train.py").read_text()
 constants = {}
 try:
@@ -104,6 +104,12 @@ if mode == "hang":
     time.sleep(600)
 if mode == "meddle":
     Path(os.environ["LAB_MEDDLE"]).write_text("changed by the candidate\n")
+if mode == "undo":
+    path = Path(os.environ["LAB_MEDDLE"])
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    path.write_text("changed for a moment\n")
+    path.write_bytes(before[0])
+    os.utime(path, ns=(before[1], before[1]))
 say("phase", phase="score")
 noise = request["seed"] % 1000 * 1e-7 if "NOISE" in constants else 0.0
 score = {"nan": float("nan"), "zero": 0.0, "negative": -1.0, "text": "1.0", "cheat": 0.9, "learned": 0.9}.get(mode)

@@ -45,7 +45,7 @@ def run(pytester: pytest.Pytester) -> Callable[..., Result]:
     runner = "autoresearch_runner = {python} -I -S runner.py"
     pytester.makeini(f"[pytest]\n{runner}\nautoresearch_immutable = runner.py\n")
     chosen = settings.read(pytester.parseconfig())
-    lock = Snapshot.take(chosen.root, chosen.locked(chosen.root))
+    lock = Snapshot.take(chosen.root, chosen.immutable)
 
     def one(code: str, home: Path = pytester.path / "runs") -> Result:
         bench = Bench(chosen, lock, home)

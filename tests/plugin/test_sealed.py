@@ -26,7 +26,7 @@ def test_only_what_is_to_be_kept_is_verified(lab: Lab) -> None:
     (asked,) = lab.requests("verify")
     (keep,) = [run for run in lab.runs if run["verdict"] and run["verdict"]["outcome"] == "keep"]
     ran = lab.requests("run")[:5]  # before the claim's
-    assert {**asked, **ran[-1], "op": "verify"} == {**asked, "heldout": False}
+    assert {**asked, **ran[-1], "op": "verify"} == {**asked, "heldout": False, "data": {}}
     assert asked["score"] == keep["result"]["score"] and asked["seed"] == keep["seed"]
     assert asked["weights_sha256"] == keep["result"]["weights_sha256"] == f"weights {keep['seed']}"
     assert [request["heldout"] for request in ran] == [True] * 3 + [False] * 2

@@ -44,7 +44,7 @@ def settings(root: Path) -> Settings:
         budget_s=None,
         timeout_s=None,
         mutable=("train.py",),
-        immutable=None,
+        immutable=(),
         runner=("judge",),
         profile=None,
         branch_prefix="autoresearch",
@@ -57,6 +57,7 @@ def settings(root: Path) -> Settings:
         require=None,
         adopt=None,
         history=None,
+        lock_digest=None,
     )
 
 

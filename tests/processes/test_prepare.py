@@ -183,6 +183,30 @@ def test_damage_is_named_and_mended(folder: Path, name: str, damage: str) -> Non
     assert Prepared.open(MINI).digest == before.digest
 
 
+@pytest.mark.parametrize("name", ["token_bytes.npy", "val.npy", "train-00002.npy"])
+def test_a_file_that_was_seen_before_is_read_again_once_anything_touched_it(folder: Path, name: str) -> None:
+    prepare(MINI, Parts(folder), quiet)
+    known = json.loads(json.dumps(Prepared.open(MINI).identity))
+    assert Prepared.open(MINI, known).identity == known
+    path = Prepared.open(MINI).home / name
+    content, before = path.read_bytes(), path.stat()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match=f"{name} is damaged"):
+        Prepared.open(MINI, known)
+    path.write_bytes(content)
+    assert Prepared.open(MINI, known).identity[name]["sha256"] == known[name]["sha256"]
+
+
+def test_data_that_was_prepared_anew_is_not_the_data_that_was_known(folder: Path) -> None:
+    prepare(MINI, Parts(folder), quiet)
+    known = Prepared.open(MINI).identity
+    (folder / "more.txt").write_text("another document of one's own")
+    prepare(MINI, Parts(folder), quiet)
+    with pytest.raises(DataError, match="was prepared anew since the first run: start again"):
+        Prepared.open(MINI, known)
+
+
 def test_a_changed_manifest_is_refused(folder: Path) -> None:
     """Every byte of the manifest counts: no flipped bit goes unnoticed."""
     path = prepare(MINI, Parts(folder), quiet).home / "manifest.json"
