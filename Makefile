@@ -11,7 +11,10 @@ loop: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m oracle.prepare --profile tiny
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore=tests/laws
+	$(BIN)/pytest --autoresearch-laws
+	$(BIN)/pytest --autoresearch-lock=check
+	$(BIN)/pytest --autoresearch-determinism -o autoresearch_budget_s=5
 	$(BIN)/mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

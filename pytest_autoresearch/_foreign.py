@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from .lock import STARTUP_FILES
+
 START = "start `pytest` (not `python -m pytest`) from a virtual environment, without PYTHONPATH and PYTHONUSERBASE"
-STARTUP_FILES = ("*.pth", "sitecustomize*", "usercustomize*")  # what Python runs of a site folder at every start
 
 
 def refuse(config: pytest.Config) -> None:
@@ -51,7 +52,7 @@ def _foreign_modules(config: pytest.Config) -> Iterator[tuple[str, str]]:
     foreign = _real(folders)
     for name, module in sorted(sys.modules.items()):
         path = getattr(module, "__file__", None)
-        if isinstance(path, str):
+        if isinstance(path, str) and os.path.isabs(path):  # torch.classes says "_classes.py", which is no file
             real = os.path.realpath(path)
             if real.startswith(foreign) and not real.startswith(installed):
                 yield name, path

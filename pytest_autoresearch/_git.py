@@ -20,6 +20,7 @@ SETTINGS = {
     "core.checkStat": "default",
     "core.safecrlf": "false",
     "submodule.recurse": "false",
+    "safe.bareRepository": "explicit",  # or a folder that looks like one would be taken for the repository
     "commit.gpgSign": "false",
     "log.showSignature": "false",
     "i18n.commitEncoding": "UTF-8",

@@ -263,7 +263,7 @@ class Bench:
             return supervise.run(
                 self.settings.runner,
                 cwd=locked,
-                env={**env, "PYTHONPATH": str(locked), "PYTHONDONTWRITEBYTECODE": "1"},
+                env={**env, "PYTHONPATH": str(locked), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"},
                 stdin=json.dumps(message).encode() + b"\n",
                 log=log,
                 timeout_s=timeout_s,

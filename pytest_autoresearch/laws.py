@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from . import _foreign, supervise
+from . import supervise
 from .lock import LockError, Snapshot
 from .lockfile import FILE, MEND, Lock
 from .settings import immutable_patterns
@@ -97,7 +97,6 @@ def collect(root: Path, patterns: Sequence[str]) -> dict[str, int]:
 
 def main(config: pytest.Config) -> int:
     """Run the locked laws; return 0 where every one holds, 1 where not, 2 on Ctrl-C."""
-    _foreign.refuse(config)
     root = config.rootpath
     try:
         lock = Lock.read(root)
@@ -147,7 +146,7 @@ def _report(lines: Sequence[str], summary: str) -> int:
 def _handed_on(config: pytest.Config) -> list[str]:
     """Return the options that the process of the laws gets too: where to report, and how many processes to use."""
     given, options = config.known_args_namespace, []
-    for name, option in {"xmlpath": ["--junitxml"], "report_log": ["-p", "reportlog", "--report-log"]}.items():
+    for name, option in {"xmlpath": ["--junitxml"], "report_log": ["-p", "pytest_reportlog", "--report-log"]}.items():
         if path := getattr(given, name, None):
             path = config.invocation_params.dir / os.path.expanduser(os.path.expandvars(path))
             options += [*option[:-1], f"{option[-1]}={path}"]

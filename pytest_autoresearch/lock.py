@@ -16,6 +16,7 @@ from pathlib import Path
 from ._files import clear
 
 LINK = "120000"  # git's mode of a symlink
+STARTUP_FILES = ("*.pth", "sitecustomize*", "usercustomize*")  # what Python runs of a site folder at every start
 
 
 class LockError(Exception):
@@ -148,8 +149,7 @@ def differences(before: Mapping[str, Entry], now: Mapping[str, Entry]) -> dict[s
 def startup_files() -> dict[str, Entry]:
     """Return what Python runs of itself at every start: `.pth` files and customization modules of its site folders."""
     folders = {*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])}
-    patterns = ("*.pth", "sitecustomize*", "usercustomize*")
-    found = (path for folder in folders for pattern in patterns for path in Path(folder).glob(pattern))
+    found = (path for folder in folders for pattern in STARTUP_FILES for path in Path(folder).glob(pattern))
     return {str(path): Entry.of(*_read(path)) for path in sorted(found) if not path.is_dir()}
 
 

@@ -169,8 +169,16 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
     """Do what must not depend on a conftest.py, and end; refuse to load one that is not the locked one."""
     modes = _modes(early_config)
     if modes and modes[0] in EARLY:
+        from ._foreign import refuse
+
+        refuse(early_config)
         name = {"guard": "guard", "lock": "lockfile", "laws": "laws"}[modes[0].rpartition("-")[2]]
         raise SystemExit(importlib.import_module(f".{name}", __package__).main(early_config))
+    named = [*(name for name in modes if name in MODES), *_mutable_files(early_config)]
+    if named:
+        from .settings import refuse_repeats
+
+        refuse_repeats(early_config, named[0])
     if modes and modes[0] in MODES:
         from .lockfile import refuse_changed_files
         from .settings import immutable_patterns
@@ -221,6 +229,13 @@ def _modes(config: pytest.Config) -> list[str]:
             wanted = " or ".join(works_with[name])
             raise pytest.UsageError(f"{name} does nothing without {wanted}: add it, or remove {name}")
     return modes
+
+
+def _mutable_files(config: pytest.Config) -> list[str]:
+    """Return the arguments of the command line that name a mutable file."""
+    mutable = {config.rootpath / name for name in config.getini("autoresearch_mutable")}
+    given = config.known_args_namespace.file_or_dir
+    return [name for name in given if config.invocation_params.dir / name.partition("::")[0] in mutable]
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:

@@ -111,7 +111,7 @@ class Repeats:
             if result.status != "ok" and kind != "baseline":
                 raise Crashed(result.reason, result.detail)
 
-        which = run if kind == "baseline" else number
+        which = f"{run}" if kind == "baseline" else f"{number}-{run}"
         item = research.protocol(f"{kind}[{which}]", trial)
         if not item.results or item.veto:
             raise pytest.UsageError(f"the {kind} run did not take place: {item.veto or 'its setup was skipped'}")

@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
@@ -115,29 +115,41 @@ def read(config: pytest.Config) -> Settings:
 
 
 def refuse_impossible(config: pytest.Config, mode: str) -> None:
-    """Raise a UsageError when another option would run an experiment twice, elsewhere, in a debugger or not at all."""
+    """Raise a UsageError when an option would run an experiment in a debugger or not at all, or tests beside it."""
     option = config.option
     mixes = {
-        "-n": getattr(option, "numprocesses", None) or getattr(option, "tx", None),
-        "--looponfail": getattr(option, "looponfail", False),
-        "--reruns": getattr(option, "reruns", None) or getattr(option, "force_reruns", None) or _ini(config, "reruns"),
         "--pdb": getattr(option, "usepdb", False),
         "--trace": getattr(option, "trace", False),
         "--collect-only": option.collectonly,
         "--setup-only": getattr(option, "setuponly", False),
         "--setup-plan": getattr(option, "setupplan", False),
     }
-    for name, value in mixes.items():
-        if value and value != "0":
-            raise pytest.UsageError(
-                f"{mode} cannot be combined with {name}: an experiment runs once, alone, in this process's order; "
-                f"remove {name}"
-            )
+    _refuse_mixed(mode, mixes)
     if config.args_source is pytest.Config.ArgsSource.ARGS:
         mutable = {(config.rootpath / name).resolve() for name in config.getini("autoresearch_mutable")}
         for argument in config.args:
             if (config.invocation_params.dir / argument).resolve() not in mutable:
                 raise pytest.UsageError(f"{mode} runs no tests: remove {argument!r} from the command line")
+
+
+def refuse_repeats(config: pytest.Config, what: str) -> None:
+    """Raise a UsageError when another plugin would run an experiment more than once, or elsewhere.
+
+    Works before any conftest.py is loaded, and before a plugin takes the call over.
+    """
+    option = config.known_args_namespace
+    reruns = getattr(option, "reruns", None) or getattr(option, "force_reruns", None) or _ini(config, "reruns")
+    workers = getattr(option, "numprocesses", None) or getattr(option, "tx", None)
+    _refuse_mixed(what, {"-n": workers, "--looponfail": getattr(option, "looponfail", False), "--reruns": reruns})
+
+
+def _refuse_mixed(what: str, options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if value and value != "0":
+            raise pytest.UsageError(
+                f"{what} cannot be combined with {name}: an experiment runs once, alone, in this process's order; "
+                f"remove {name}"
+            )
 
 
 def _given(config: pytest.Config, name: str) -> str | None:

@@ -42,8 +42,8 @@ class Outcome:
 
 
 def clean_environment(*prefixes: str) -> dict[str, str]:
-    """Return this process's environment without git's and pytest's variables and those that begin with `prefixes`."""
-    dropped = ("GIT_", "PYTEST_", "COV_CORE_", "AUTORESEARCH_CHANNEL", *prefixes)
+    """Return this process's environment without the variables of git, pytest, coverage, and those with `prefixes`."""
+    dropped = ("GIT_", "PYTEST_", "COV_CORE_", "COVERAGE_", "AUTORESEARCH_CHANNEL", *prefixes)
     return {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
 
 

@@ -126,7 +126,6 @@ ACTS = {
         write("evil.pth", "import sitecustomize")
         """
     ),
-    "another honest edit": act(""),
     "a clean filter for a locked file": act(  # git sees nothing; the digests do
         TAMPER
         + """
@@ -136,8 +135,9 @@ git("config", "filter.hide.clean", "git show HEAD:rules.py")
 write("rules.py", text)
 """,
         "crash",
-        "^locked files changed: changed: rules.py$",
+        "^changed what is not its own: changed: rules.py$",
     ),
+    "another honest edit": act(""),
 }
 
 

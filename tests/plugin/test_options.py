@@ -6,13 +6,14 @@ Needs git and the fake trainer of lab.py; `-p no:autoresearch` and the start-up 
 import importlib.metadata
 import inspect
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import pytest_autoresearch.loop  # noqa: F401 - for good: a pytest run in this process forgets what it imports
 from pytest_autoresearch import hookspecs, ledger, plugin
-from pytest_autoresearch.records import Candidate, Result
+from pytest_autoresearch.records import Candidate, Policy, Result, Verdict
 from tests.plugin.lab import TRAIN, Lab, Night
 
 LOOP = ("--autoresearch-loop", "--autoresearch-tag=lab", "--autoresearch-max=1")
@@ -34,6 +35,11 @@ def test_the_surface_is_frozen() -> None:
         "--autoresearch-import",
         "--autoresearch-status",
         "--autoresearch-replay",
+        "--autoresearch-lock",
+        "--autoresearch-lock-digest",
+        "--autoresearch-guard",
+        "--autoresearch-allow-oracle-change",
+        "--autoresearch-laws",
         "--autoresearch-compare",
     ]
     assert {name: default for name, _, default, _ in plugin.INI_KEYS} == {
@@ -64,7 +70,60 @@ def test_the_surface_is_frozen() -> None:
     record = ledger.run_record(kind="experiment", candidate=candidate, run=1, seed=1, result=result, verdict=None)
     identity = {"schema", "type", "kind", "number", "run", "attempt", "commit", "parent", "description", "lines_added"}
     assert record.keys() == identity | {"time", "seed", "signature", "policy", "veto", "result", "verdict"}
+    columns = {kind: [column.name for column in fields(kind)] for kind in (Result, Verdict, Policy)}
+    assert columns == {
+        Result: [
+            *("status", "score", "memory_gb", "kind", "reason", "detail", "trust", "work", "weights_sha256"),
+            *("metrics", "fingerprint"),
+        ],
+        Verdict: ["outcome", "reason", "gain", "price", "sigma"],
+        Policy: ["direction", "rule", "line_price", "memory_price", "prior_sigma", "prior_freedom"],
+    }
     assert ledger.results_tsv([], "val_bpb") == "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+
+
+def test_exit_codes_are_frozen(lab: Lab) -> None:
+    """0 fine, 1 a candidate crashed or a check found something, 2 interrupted (test_loop), 4 nothing can be run."""
+    lab.plan(
+        ("better", "RATE = 0.04", "RATE = 0.03"),
+        ("worse", "RATE = 0.03", "RATE = 0.05"),
+        ("crashes", 'MODE = "ok"', 'MODE = "crash"'),
+    )
+    codes = {"no crash": lab.loop(experiments=2).code, "a crash": lab.loop(experiments=1).code}
+    lab.git("switch", "-q", "--detach")
+    codes["no start"] = lab.loop().code
+    lab.git("switch", "-q", "main")
+    for name in ("replay", "status", "compare=autoresearch/lab"):
+        codes[name] = lab.pytest(f"--autoresearch-{name}", *["--autoresearch-tag=lab"] * ("=" not in name)).code
+    codes["no lock"] = lab.pytest("--autoresearch-lock=check").code
+    codes["update"] = lab.pytest("--autoresearch-lock=update").code
+    codes["check"] = lab.pytest("--autoresearch-lock=check").code
+    lab.commit("lock")
+    for name, edit in {"try, kept": "RATE = 0.021", "try, not kept": "RATE = 0.9"}.items():
+        lab.write("train.py", TRAIN.replace("RATE = 0.04", edit))
+        codes[name] = lab.pytest(f"--autoresearch-try={name}", "--autoresearch-tag=try").code
+    for mode in ("ok", "crash", "broken"):
+        lab.write("train.py", TRAIN.replace('"ok"', f'"{mode}"'))
+        codes[f"determinism, {mode}"] = lab.pytest("--autoresearch-determinism").code
+        codes[f"train.py, {mode}"] = lab.pytest("train.py").code
+    lab.write("train.py", TRAIN)
+    codes["guard"] = lab.pytest("--autoresearch-guard=main").code
+    lab.git("switch", "-q", "-c", "change")
+    lab.write("runner.py", "print()\n")
+    lab.commit("changes the runner")
+    codes["guard, changed"] = lab.pytest("--autoresearch-guard=main").code
+    codes["check, changed"] = lab.pytest("--autoresearch-lock=check").code
+    assert {name: code for name, code in codes.items() if code} == {
+        "a crash": 1,
+        "no start": 4,
+        "no lock": 4,
+        "try, not kept": 1,
+        "determinism, crash": 1,
+        "determinism, broken": 1,
+        "train.py, crash": 1,
+        "guard, changed": 1,
+        "check, changed": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -81,6 +140,10 @@ def test_the_surface_is_frozen() -> None:
         (("--autoresearch-determinism", "--collect-only"), "cannot be combined with --collect-only"),
         ((*LOOP, "--autoresearch-require=inproc"), "--autoresearch-require: 'inproc' is not 'sealed' or 'split'"),
         ((*LOOP, "--autoresearch-require=split"), "runner's runs here are of no stated trust"),
+        (("--autoresearch-guard=main", "--autoresearch-loop"), "exclude each other"),
+        (("--autoresearch-allow-oracle-change",), "does nothing without --autoresearch-guard"),
+        (("--autoresearch-guard=nowhere",), "--autoresearch-guard: there is no commit 'nowhere'"),
+        (("--autoresearch-laws",), "there is no oracle.lock in"),
         (("--autoresearch-loop", "--autoresearch-max=0"), "--autoresearch-max: '0' is not a whole number, 1 or more"),
         (("--autoresearch-loop", "--autoresearch-max=many"), "--autoresearch-max: 'many'"),
         (("--autoresearch-loop", "--autoresearch-hours=nan"), "--autoresearch-hours: 'nan' is not a number above 0"),

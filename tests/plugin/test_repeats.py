@@ -40,8 +40,8 @@ def test_a_claim_rests_on_three_fresh_runs_of_the_champion_and_says_its_error(la
     assert "noise: the same files score val_bpb with a standard deviation of 0.0000" in night.out
     assert "(4 degrees of freedom)" in night.out
     assert "claim: val_bpb: baseline 1.08" in night.out and "champion 1.07" in night.out
-    assert "(standard error; fresh runs only)" in night.out
-    assert lab.loop().out.count("claim 1:") == 0  # one that can be made already is not made again
+    assert "(standard error; fresh runs only)" in night.out and night.out.count("claim 1-") == 3
+    assert lab.loop().out.count("claim 1-") == 0  # one that can be made already is not made again
 
 
 def test_under_strict_a_champion_is_said_to_flatter_until_its_claim(lab: Lab) -> None:
