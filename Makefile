@@ -11,7 +11,7 @@ loop: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m oracle.prepare --profile tiny
-	$(BIN)/pytest --ignore=tests/laws
+	$(BIN)/pytest -n 2 --dist loadfile --ignore=tests/laws
 	$(BIN)/pytest --autoresearch-laws
 	$(BIN)/pytest --autoresearch-lock=check
 	$(BIN)/pytest --autoresearch-determinism -o autoresearch_budget_s=5

@@ -127,8 +127,8 @@ INI_KEYS: tuple[tuple[str, Any, Any, str], ...] = (
         "linelist",
         [],
         "files and folders the score depends on; a run gets a pristine copy of them "
-        "(default: oracle, tests/laws, conftest.py, program.md, .github/workflows; pytest's configuration and "
-        "oracle.lock always are)",
+        "(default: oracle, tests/laws, conftest.py, tests/conftest.py, program.md, .github/workflows; pytest's "
+        "configuration and oracle.lock always are)",
     ),
     (
         "autoresearch_runner",
@@ -168,6 +168,11 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None]:
     """Do what must not depend on a conftest.py, and end; refuse to load one that is not the locked one."""
     modes = _modes(early_config)
+    typed = {str(argument).partition("=")[0] for argument in early_config.invocation_params.args}
+    if lost := [name for name in EARLY if name in typed and name not in modes]:
+        raise pytest.UsageError(
+            f"{lost[0]} is on the command line, but an option of addopts hides it: remove `--` from addopts"
+        )
     if modes and modes[0] in EARLY:
         from ._foreign import refuse
 

@@ -14,7 +14,7 @@ import pytest
 
 from .records import TRUST, Policy
 
-DEFAULT_IMMUTABLE = ("oracle", "tests/laws", "conftest.py", "program.md", ".github/workflows")
+DEFAULT_IMMUTABLE = ("oracle", "tests/laws", "conftest.py", "tests/conftest.py", "program.md", ".github/workflows")
 # Locked whatever else is: what pytest reads its configuration from, and the lock.
 ALWAYS_IMMUTABLE = (
     *("pytest.toml", ".pytest.toml", "pytest.ini", ".pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg"),
@@ -56,7 +56,7 @@ class Settings:
 
 def immutable_patterns(given: Sequence[str]) -> tuple[str, ...]:
     """Return the patterns of everything immutable; `given` is what the ini key says."""
-    return (*(given or DEFAULT_IMMUTABLE), *ALWAYS_IMMUTABLE)
+    return (*(str(PurePosixPath(pattern.strip())) for pattern in given or DEFAULT_IMMUTABLE), *ALWAYS_IMMUTABLE)
 
 
 def read(config: pytest.Config) -> Settings:
