@@ -37,10 +37,16 @@ class Experiment(pytest.Item):
         self.results: list[Result] = []  # of its runs, oldest first
         self.veto = ""  # why setup or teardown forbid a keep
         self.error: Exception | None = None  # ends the session: nothing that the candidate did
+        self._started = False
 
     def runtest(self) -> None:
         """Run the trial; an error that is not the candidate's is kept for the protocol to raise."""
         try:
+            if self._started:
+                raise pytest.UsageError(
+                    f"{self.nodeid} is to run again: an experiment runs once; remove the mark or plugin that repeats it"
+                )
+            self._started = True
             self.trial(self)
         except Crashed:
             raise

@@ -6,6 +6,7 @@ anything. `--autoresearch-guard`, `-lock` and `-laws` are done before any confte
 """
 
 import importlib
+import os
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,8 +240,8 @@ def _modes(config: pytest.Config) -> list[str]:
 def _mutable_files(config: pytest.Config) -> list[str]:
     """Return the arguments of the command line that name a mutable file."""
     mutable = {config.rootpath / name for name in config.getini("autoresearch_mutable")}
-    given = config.known_args_namespace.file_or_dir
-    return [name for name in given if config.invocation_params.dir / name.partition("::")[0] in mutable]
+    given, folder = config.known_args_namespace.file_or_dir, config.invocation_params.dir
+    return [name for name in given if Path(os.path.abspath(folder / name.partition("::")[0])) in mutable]
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:

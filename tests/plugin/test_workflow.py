@@ -40,3 +40,11 @@ def test_nothing_of_a_pull_request_reaches_a_shell_or_has_rights(workflow: str) 
     assert workflow.count("fetch-depth: 0") == 1
     for name in ("Guard", "Laws"):
         assert commands(workflow)[name].startswith("pytest -c /dev/null --rootdir . ")
+
+
+@pytest.mark.parametrize("workflow", [OWN, COPY], ids=["own", "copy"])
+def test_where_the_guard_runs_determinism_there_is_data(workflow: str) -> None:
+    before, guard, _ = workflow.partition("- name: Guard\n")
+    assert guard and re.search(
+        rf"if: env.ALLOW != ''\n.*run: {re.escape(commands(workflow)['Data'])}\n", before, re.DOTALL
+    )
