@@ -259,8 +259,8 @@ FILES = {
     ),
     "conftest.py at the top, locked": unmoved(files={"conftest.py": HOOKS}, locked=True),
     "conftest.py that exits, locked": unmoved(files={"conftest.py": EXIT}, locked=True),
-    "conftest.py above the laws": unmoved(files={"tests/conftest.py": HOOKS}),
-    "conftest.py above the laws that exits": unmoved(files={"tests/conftest.py": EXIT}),
+    "conftest.py above the laws": unmoved(files={"tests/conftest.py": HOOKS}, locked=True),
+    "conftest.py above the laws that exits": unmoved(files={"tests/conftest.py": EXIT}, locked=True),
     "conftest.py beside the laws": told(
         Plant(files={"tests/laws/conftest.py": HOOKS}, broken=True),
         r"added: tests/laws/conftest\.py",

@@ -111,8 +111,6 @@ def test_what_would_run_it_twice_is_refused(
     lab: Lab, what: tuple[str, ...], options: tuple[str, ...], ini: Mapping[str, str], named: str
 ) -> None:
     given = [word for key, value in ini.items() for word in ("-o", f"{key}={value}")]
-    if named == "--looponfail" and what == ("train.py",):
-        pytest.skip("watches files until it is stopped, like for any other test")
     night = among_neighbours(lab, *what, *options, *given)
     assert night.code == 4, night.out
     assert f"cannot be combined with {named}: an experiment runs once" in night.out
