@@ -239,8 +239,8 @@ def test_a_damaged_ledger_is_one_line(lab: Lab) -> None:
 
 def test_an_imported_table_begins_the_history(lab: Lab) -> None:
     old = lab.write("old results.tsv", OLD)
-    lab.plan(("lower rate", "RATE = 0.04", "RATE = 0.03"))
-    for _ in range(2):  # the second changes nothing
+    lab.plan(("lower rate", "RATE = 0.04", "RATE = 0.03"), ("higher rate", "RATE = 0.03", "RATE = 0.05"))
+    for _ in range(2):  # the second imports nothing and keeps nothing
         night = lab.loop("--autoresearch-rule=strict", f"--autoresearch-import={old}")
     assert night.code == 0, night.out
     assert lab.results.startswith(OLD)

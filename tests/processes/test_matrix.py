@@ -25,7 +25,7 @@ from tests.shortage import small_disk
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
 
 PATIENCE_S = 4  # of deadlines and timeouts: the trees must be up by then
-LOG_BYTES = _supervisor.LOG_BYTES + 2 * _supervisor.TAIL_BYTES + 100
+LOG_BYTES = _supervisor.LOG_BYTES + 2 * _supervisor.TAIL_BYTES + 4_096  # and a word or two of the judge's own
 RUNNER = """
 import json, os, sys
 request = json.loads(sys.stdin.readline())
