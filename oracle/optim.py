@@ -36,8 +36,8 @@ Scalar = float | Tensor  # a number that changes between steps: a float, or a 0-
 
 def nesterov(grad: Tensor, average: Tensor, momentum: Scalar) -> tuple[Tensor, Tensor]:
     """Blend a gradient with its running average, Nesterov style; return the direction and the new average."""
-    average = average + (grad - average) * (1 - momentum)
-    return grad + (average - grad) * momentum, average
+    average = torch.lerp(average, grad, 1 - momentum)
+    return torch.lerp(grad, average, momentum), average
 
 
 def polar_express(grad: Tensor, steps: int = 5, norm_factor: float = 1.02, dtype: torch.dtype | None = None) -> Tensor:
@@ -79,16 +79,19 @@ def normuon(update: Tensor, second_moment: Tensor, beta2: Scalar) -> tuple[Tenso
     scaled back to the Frobenius norm it came with. `second_moment` has `second_moment_shape(update.shape)`.
     Source: NorMuon, arXiv 2510.05491.
     """
-    mean_square = update.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True)
-    second_moment = second_moment + (mean_square - second_moment) * (1 - beta2)
-    even = update * second_moment.clamp_min(1e-10).rsqrt()
-    before, after = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (update, even))
-    return even * (before / after.clamp_min(1e-10)), second_moment
+    line = -1 if second_moment.size(-1) == 1 else -2
+    norms = torch.linalg.vector_norm(update, dim=line, keepdim=True)
+    second_moment = torch.lerp(second_moment, norms.square() / update.size(line), 1 - beta2)
+    scale = second_moment.clamp_min(1e-10).rsqrt()
+    # the matrix's norm before and after follows from its lines' norms: no further pass over the matrix
+    before, after = (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (norms, norms * scale))
+    return update * (scale * (before / after.clamp_min(1e-10))), second_moment
 
 
 def cautious_update(param: Tensor, update: Tensor, lr: Scalar, weight_decay: Scalar) -> Tensor:
     """Subtract lr * update, and lr * weight_decay * param where update * param >= 0."""
-    return param - (lr * update + (lr * weight_decay) * param * (update * param >= 0))
+    decayed = torch.where(update * param >= 0, param - (lr * weight_decay) * param, param)
+    return decayed - lr * update
 
 
 def muon_lr(lr: float, rows: int, cols: int) -> float:
