@@ -5,7 +5,6 @@ The rows depend on the shards and the row length alone, never on a batch size.
 
 import threading
 from collections.abc import Generator, Iterator
-from itertools import pairwise
 from queue import SimpleQueue
 
 import numpy as np
@@ -16,6 +15,7 @@ from oracle.packing import Tokens, pack
 from oracle.prepared import Prepared
 
 _BATCHES_AHEAD = 4  # held ready by the background thread
+_BLOCK = 1 << 20  # tokens searched for BOS at a time
 
 
 def train_rows(prepared: Prepared, seq_len: int) -> Iterator[tuple[Tokens, int]]:
@@ -24,7 +24,7 @@ def train_rows(prepared: Prepared, seq_len: int) -> Iterator[tuple[Tokens, int]]
     The epoch counts from 0 and is that of the newest document read when the row was completed, so it never falls.
     Raises DataError when the shards hold no document.
     """
-    shards = [np.asarray(shard) for shard in prepared.train_shards()]
+    shards = prepared.train_shards()
     epoch = 0
 
     def documents() -> Iterator[Tokens]:
@@ -32,15 +32,27 @@ def train_rows(prepared: Prepared, seq_len: int) -> Iterator[tuple[Tokens, int]]
         while True:
             found = False
             for shard in shards:
-                for start, end in pairwise([*np.flatnonzero(shard == prepared.bos_id).tolist(), len(shard)]):
+                for document in _documents(np.asarray(shard), prepared.bos_id):
                     found = True
-                    yield shard[start:end]
+                    yield document
             if not found:
                 raise DataError(f"{prepared.home} holds no training document: run `{prepared.command}` again")
             epoch += 1
 
     for row in pack(documents(), seq_len + 1):
         yield row, epoch
+
+
+def _documents(shard: Tokens, bos_id: int) -> Iterator[Tokens]:
+    """Yield views of a shard's documents, each with BOS in front; a mapped shard is read no further than asked for."""
+    start: int | None = None
+    for block in range(0, len(shard), _BLOCK):
+        for at in (np.flatnonzero(shard[block : block + _BLOCK] == bos_id) + block).tolist():
+            if start is not None:
+                yield shard[start:at]
+            start = at
+    if start is not None:
+        yield shard[start:]
 
 
 def train_batches(

@@ -6,6 +6,7 @@ that a token says which document it is from and where.
 
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from oracle.constants import TINY
+from oracle import dataloader
+from oracle.constants import BUFFER_DOCUMENTS, TINY
 from oracle.corpus import DataError
 from oracle.dataloader import train_batches, train_rows
 from oracle.packing import Tokens, pack
@@ -411,6 +413,26 @@ def test_no_document_is_an_error(subject: Rows, shards: list[list[int]], seq_len
             assert "no training document" in str(error)
         else:
             raise AssertionError(f"{len(rows)} rows from nothing")
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 50])
+def test_the_stream_does_not_depend_on_how_shards_are_read(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that begin, end or go on where a block does are the same documents."""
+    with PreparedShards([[5, 9, 1, 30, 3], [1], [7, 7, 14]]) as prepared:
+        expected = [row.tolist() for row, _ in islice(train_rows(prepared, 8), 40)]
+        monkeypatch.setattr(dataloader, "_BLOCK", block)
+        assert [row.tolist() for row, _ in islice(train_rows(prepared, 8), 40)] == expected
+
+
+def test_the_first_row_does_not_wait_for_a_whole_shard(tmp_path: Path) -> None:
+    """Of a shard of 4 GB, a hole but for its beginning, only the beginning is read."""
+    prepared = Prepared(profile=PROFILE, home=tmp_path, manifest={"files": {"train-00000.npy": {}}})
+    shard = np.lib.format.open_memmap(tmp_path / "train-00000.npy", "w+", np.uint16, (1 << 31,))
+    shard[: 4 * BUFFER_DOCUMENTS : 2] = prepared.bos_id
+    del shard
+    began = time.monotonic()
+    row, epoch = next(train_rows(prepared, 8))
+    assert epoch == 0 and len(row) == 9 and time.monotonic() - began < 5
 
 
 def test_closing_the_stream_ends_its_thread() -> None:
