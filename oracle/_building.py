@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from oracle.constants import Profile
-from oracle.corpus import Corpus, DataError, file_digest
+from oracle.corpus import Corpus, DataError, HeldOut, file_digest
 from oracle.packing import Tokens
 from oracle.prepared import MANIFEST, SCHEMA, Prepared, data_constants, data_folder, fault, read_manifest, signed
 
@@ -74,15 +74,19 @@ class Building:
         self._record["files"] |= entries
         self._write(_BUILDING)
 
-    def save(self, name: str, tokens: Tokens, bos_id: int) -> None:
-        """Write an array of tokens and record it."""
+    def packed(self, split: HeldOut) -> int:
+        """Return how many documents packing read for a split; 0 where the data is older than this record."""
+        return int(self._record["counts"][f"{split}.npy"].get("packed", 0))
+
+    def save(self, name: str, tokens: Tokens, bos_id: int, **counts: int) -> None:
+        """Write an array of tokens and record it, with the caller's own counts."""
         staged = self.home / f"{name}.tmp"
         with staged.open("wb") as file:
             np.save(file, tokens, allow_pickle=False)
         os.replace(staged, self.home / name)
         self._record["files"][name] = self._entry(name)
         documents = int(np.count_nonzero(tokens == bos_id))
-        self._record["counts"][name] = {"documents": documents, "tokens": int(tokens.size)}
+        self._record["counts"][name] = {"documents": documents, "tokens": int(tokens.size), **counts}
         self._write(_BUILDING)
 
     def finish(self) -> Prepared:

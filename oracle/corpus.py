@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from html.parser import HTMLParser
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,6 +38,8 @@ CLIMBMIX_SHARDS = 6_541  # shards 0..6540 may be trained on
 CLIMBMIX_HELD_OUT: dict[HeldOut, int] = {"val": 6_542, "heldout": 6_541}  # never trained on
 
 PART_BYTES = 256_000_000  # text of a folder that is held in memory at once
+FEWEST_BYTES = 2  # a token of a user's text: with less than this no folder can serve
+MOST_BYTES = 8  # a token: held back for a split at first, where there is that much
 
 
 class DataError(Exception):
@@ -46,11 +50,23 @@ class Corpus(Protocol):
     """Documents in three splits."""
 
     identity: dict[str, Any]  # JSON; equal identities mean equal documents
-    parts: int  # training parts, each one prepared at a time
     splits_long: bool  # a document longer than a row goes on in the next row instead of losing its tail
+
+    def tokenizer_texts(self) -> Iterable[str]:
+        """Return documents that are in no held-out split, in a fixed order."""
 
     def held_out(self, split: HeldOut) -> Iterable[str]:
         """Return the documents of a held-out split, in a fixed order, each text once."""
+
+    def packed(self, split: HeldOut, documents: int) -> None:
+        """Take note that packing read so many documents of a split: the others of it may go elsewhere.
+
+        val comes before heldout, and both come before the training parts are asked for.
+        """
+
+    @property
+    def parts(self) -> int:
+        """The number of training parts, each one prepared at a time."""
 
     def part(self, index: int) -> Iterable[str]:
         """Return the training documents of one part, in a fixed order."""
@@ -76,9 +92,16 @@ class WheelCorpus:
         self._documents = {name: sorted(texts, key=text_digest) for name, texts in splits.items()}
         self.identity = {"kind": "wheel", "sha256": file_digest(wheel)}
 
+    def tokenizer_texts(self) -> list[str]:
+        """Return all training documents."""
+        return self._documents["train"]
+
     def held_out(self, split: HeldOut) -> list[str]:
         """Return the documents of the services held out for `split`."""
         return self._documents[split]
+
+    def packed(self, split: HeldOut, documents: int) -> None:
+        """Hold the rest of a split out too."""
 
     def part(self, index: int) -> list[str]:
         """Return all training documents, in the order of their digests."""
@@ -103,10 +126,17 @@ class ShardCorpus:
     def _digests(self) -> dict[HeldOut, set[bytes]]:
         return {split: set(map(text_digest, parquet_texts(path))) for split, path in self._held_out.items()}
 
+    def tokenizer_texts(self) -> Iterator[str]:
+        """Yield the documents of all training shards."""
+        return (text for index in range(self.parts) for text in self.part(index))
+
     def held_out(self, split: HeldOut) -> Iterator[str]:
         """Yield the documents of the split's shard; what val has too is left out of heldout."""
         seen = set() if split == "val" else set(self._digests["val"])
         return _unseen(parquet_texts(self._held_out[split]), seen)
+
+    def packed(self, split: HeldOut, documents: int) -> None:
+        """Hold the rest of a split out too."""
 
     def part(self, index: int) -> Iterator[str]:
         """Yield the documents of one shard that no held-out shard has."""
@@ -117,56 +147,85 @@ class ShardCorpus:
 class FolderCorpus:
     """A folder of the user's own: a document is a text file or a row of a parquet file.
 
-    Documents are put in the order of their digests; the first ones are val, the next ones heldout, so that neither
-    names nor places of files decide. The folder is read once for each part.
+    Documents are put in the order of their digests, so that neither names nor places of files decide. The first ones
+    are held back, and the tokenizer never sees them: val is packed from the beginning, heldout from where packing val
+    stopped, and what neither has read comes first in training.
     """
 
     splits_long = True
 
-    def __init__(self, folder: Path, *, held_out_bytes: int) -> None:
-        """Read all of `folder`; each held-out split takes documents until it has `held_out_bytes` of text.
+    def __init__(self, folder: Path, *, held_out_tokens: int, part_bytes: int = PART_BYTES) -> None:
+        """Read all of `folder`; hold back enough for two splits of `held_out_tokens`, a third of the text each at most.
 
         Raises DataError for a folder that is missing, empty, too small, or holds a file that is no text.
         """
         self._folder = folder
-        sizes = {text_digest(text): len(text.encode()) for text in folder_documents(folder)}
-        total = sum(sizes.values())
-        if not sizes:
+        self._part_bytes = part_bytes
+        self._sizes: dict[bytes, int] = {}
+        self._files: dict[bytes, Path] = {}  # one that holds the document
+        for path, text in folder_documents(folder):
+            content = text.encode()
+            digest = hashlib.sha256(content).digest()
+            self._sizes[digest] = len(content)
+            self._files[digest] = path
+        if not self._sizes:
             raise DataError(f"{folder} holds no documents: put text files or *.parquet with a `text` column there")
-        if total < 3 * held_out_bytes:
+        total = sum(self._sizes.values())
+        fewest = 3 * FEWEST_BYTES * held_out_tokens
+        if total < fewest:
             raise DataError(
-                f"{folder} holds {total / 1e6:.1f} MB of distinct text, too little for this profile: it needs "
-                f"{3 * held_out_bytes / 1e6:.1f} MB, a third each for val, for the second split and for training"
+                f"{folder} holds {total / 1e6:.1f} MB of distinct text, too little for this profile: it needs at least "
+                f"{fewest / 1e6:.1f} MB, a third each for val, for the second split and for training"
             )
-        order = iter(sorted(sizes))
-        self._digests: dict[str, list[bytes]] = {}
-        for split in HELD_OUT:
-            taken, size = [], 0
-            while size < held_out_bytes and (digest := next(order, None)):
-                taken.append(digest)
-                size += sizes[digest]
-            self._digests[split] = taken
-        training = list(order)
-        if not training:
+        self._order = sorted(self._sizes)
+        ends = list(accumulate(self._sizes[digest] for digest in self._order))
+        share = min(total // 3, MOST_BYTES * held_out_tokens)
+        val, held_back = (bisect_left(ends, size) + 1 for size in (share, 2 * share))
+        if not val < held_back < len(self._order):
             raise DataError(f"{folder} has too few documents to hold some out: split its files into smaller ones")
-        self.parts = 1 + sum(sizes[digest] for digest in training) // PART_BYTES
-        self._digests |= {str(part): training[part :: self.parts] for part in range(self.parts)}
-        self.identity = {"kind": "folder", "sha256": hashlib.sha256(b"".join(sorted(sizes))).hexdigest()}
+        self._ends = {"val": val, "heldout": held_back}
+        self._starts = {"val": 0, "heldout": val, "train": held_back}  # the last two move as packing stops sooner
+        together = hashlib.sha256(b"".join(self._order))
+        self.identity = {"kind": "folder", "sha256": together.hexdigest(), "held_back": held_back}
 
-    def held_out(self, split: HeldOut) -> list[str]:
-        """Return the documents of a held-out split."""
-        return self._read(self._digests[split])
+    def tokenizer_texts(self) -> Iterator[str]:
+        """Yield the documents that were not held back."""
+        return self._texts(self._sliced(self._order[self._ends["heldout"] :]))
 
-    def part(self, index: int) -> list[str]:
-        """Return the training documents of one part."""
-        return self._read(self._digests[str(index)])
+    def held_out(self, split: HeldOut) -> Iterator[str]:
+        """Yield the documents that a split may be packed from."""
+        return self._texts(self._sliced(self._order[self._starts[split] : self._ends[split]]))
 
-    def _read(self, digests: list[bytes]) -> list[str]:
-        wanted = set(digests)
-        found = {d: text for text in folder_documents(self._folder) if (d := text_digest(text)) in wanted}
-        if len(found) < len(wanted):
-            raise DataError(f"{self._folder} changed while it was read: run the same command again")
-        return [found[digest] for digest in digests]
+    def packed(self, split: HeldOut, documents: int) -> None:
+        """Let the next split, or training, begin after the documents that packing read."""
+        self._starts["heldout" if split == "val" else "train"] = self._starts[split] + documents
+
+    @property
+    def parts(self) -> int:
+        """The number of training parts."""
+        return len(self._training())
+
+    def part(self, index: int) -> Iterator[str]:
+        """Yield the training documents of one part."""
+        return self._texts([self._training()[index]])
+
+    def _training(self) -> list[list[bytes]]:
+        return self._sliced(self._order[self._starts["train"] :])
+
+    def _sliced(self, digests: list[bytes]) -> list[list[bytes]]:
+        """Cut `digests` into slices of which each is about what may be in memory at once."""
+        count = min(len(digests), 1 + sum(self._sizes[digest] for digest in digests) // self._part_bytes)
+        return [digests[len(digests) * i // count : len(digests) * (i + 1) // count] for i in range(count)]
+
+    def _texts(self, slices: list[list[bytes]]) -> Iterator[str]:
+        for digests in slices:
+            wanted = set(digests)
+            paths = sorted({self._files[digest] for digest in digests})
+            texts = (text for path in paths for text in _file_texts(path))
+            found = {digest: text for text in texts if (digest := text_digest(text)) in wanted}
+            if len(found) < len(wanted):
+                raise DataError(f"{self._folder} changed while it was read: run the same command again")
+            yield from (found[digest] for digest in digests)
 
 
 def text_digest(text: str) -> bytes:
@@ -233,8 +292,8 @@ def plain_text(html: str) -> str:
     return " ".join("".join(pieces).split())
 
 
-def folder_documents(folder: Path) -> Iterator[str]:
-    """Yield every text file and every parquet row below `folder` that is not blank, leaving out hidden names.
+def folder_documents(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield (file, text) of each text file and parquet row below `folder` that is not blank; hidden names are left out.
 
     Raises DataError that names the file for what is neither text nor parquet with a `text` column.
     """
@@ -244,8 +303,7 @@ def folder_documents(folder: Path) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in files if not name.startswith(".")):
             path = Path(parent) / name
-            texts = parquet_texts(path) if path.suffix == ".parquet" else iter([_file_text(path)])
-            yield from (text for text in texts if text.strip())
+            yield from ((path, text) for text in _file_texts(path) if text.strip())
 
 
 def parquet_texts(path: Path) -> Iterator[str]:
@@ -268,9 +326,12 @@ def parquet_texts(path: Path) -> Iterator[str]:
         raise DataError(f"{path} cannot be read as parquet ({reason}): remove it and run again") from error
 
 
-def _file_text(path: Path) -> str:
+def _file_texts(path: Path) -> Iterator[str]:
+    if path.suffix == ".parquet":
+        yield from parquet_texts(path)
+        return
     try:
-        return path.read_bytes().decode()
+        yield path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not text (byte {error.start} is no UTF-8): move it out of the corpus folder"

@@ -10,12 +10,13 @@ Until then a record of its own says what is finished, so that an interrupted pre
 """
 
 import argparse
+import hashlib
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,6 @@ from oracle.tokenizer import TOKEN_BYTES_FILE, TOKENIZER_FILE, Tokenizer, traini
 
 __all__ = ["Prepared", "active_profile", "data_folder", "default_profile", "main", "prepare", "profile_name"]
 
-HELD_OUT_BYTES_PER_TOKEN = 6  # of a user's folder: more than any text reaches with these vocabularies
 DEFAULT_SHARDS = 10
 _BATCH = 1_024  # documents encoded at a time
 
@@ -68,9 +68,10 @@ def prepare(profile: Profile, corpus: Corpus, say: Say) -> Prepared:
     with Building.begin(profile, corpus) as building:
         if building.lacks(TOKENIZER_FILE) or building.lacks(TOKEN_BYTES_FILE):
             say(f"training the tokenizer: {profile.vocab_size:,} tokens")
-            everything = (text for part in range(corpus.parts) for text in corpus.part(part))
             texts = training_texts(
-                everything, chars=profile.tokenizer_chars, document_chars=profile.tokenizer_document_chars
+                corpus.tokenizer_texts(),
+                chars=profile.tokenizer_chars,
+                document_chars=profile.tokenizer_document_chars,
             )
             tokenizer = Tokenizer.train(texts, profile.vocab_size)
             tokenizer.save(building.home)
@@ -79,13 +80,17 @@ def prepare(profile: Profile, corpus: Corpus, say: Say) -> Prepared:
         for split in HELD_OUT:
             if building.lacks(f"{split}.npy"):
                 _held_out_rows(building, profile, corpus, tokenizer, split, say)
+            corpus.packed(split, building.packed(split))
         for part in range(corpus.parts):
             if building.lacks(name := f"train-{part:05}.npy"):
                 title = f"encoding training part {part + 1} of {corpus.parts}"
-                documents = list(_encoded(profile, corpus, corpus.part(part), tokenizer, title, say))
-                if not documents:
+                documents = _encoded(profile, corpus, corpus.part(part), tokenizer, title, say)
+                pieces = list(chain.from_iterable(documents))
+                if not pieces:
                     raise DataError(f"training part {part} holds no document that is not held out")
-                building.save(name, np.concatenate(documents), tokenizer.bos_id)
+                if corpus.splits_long:  # in the order of their digests, or a batch would be rows of one long document
+                    pieces.sort(key=lambda piece: hashlib.sha256(piece.tobytes()).digest())
+                building.save(name, np.concatenate(pieces), tokenizer.bos_id)
         return building.finish()
 
 
@@ -97,19 +102,27 @@ def _held_out_rows(
     split: HeldOut,
     say: Say,
 ) -> None:
-    documents = _encoded(profile, corpus, corpus.held_out(split), tokenizer, f"packing {split}", say)
-    rows = list(islice(pack(documents, profile.seq_len + 1), profile.eval_rows))
+    read = 0
+
+    def pieces() -> Iterator[Tokens]:
+        nonlocal read
+        for document in _encoded(profile, corpus, corpus.held_out(split), tokenizer, f"packing {split}", say):
+            read += 1
+            yield from document
+
+    rows = list(islice(pack(pieces(), profile.seq_len + 1), profile.eval_rows))
     if len(rows) < profile.eval_rows:
         raise DataError(
             f"{split} fills only {len(rows)} of the {profile.eval_rows} rows that profile {profile.name} scores: "
             "the corpus needs more text"
         )
-    building.save(f"{split}.npy", np.stack(rows), tokenizer.bos_id)
+    building.save(f"{split}.npy", np.stack(rows), tokenizer.bos_id, packed=read)
 
 
 def _encoded(
     profile: Profile, corpus: Corpus, texts: Iterable[str], tokenizer: Tokenizer, title: str, say: Say
-) -> Iterator[Tokens]:
+) -> Iterator[list[Tokens]]:
+    """Yield each text in pieces that begin with BOS: one piece unless the corpus splits long documents."""
     source = iter(texts)
     count = 0
     bos = np.array([tokenizer.bos_id], dtype=np.uint16)
@@ -117,10 +130,12 @@ def _encoded(
         count += len(batch)
         say(f"{title}: {count:,} documents")
         for document in tokenizer.encode_documents(batch, os.cpu_count() or 1):
-            yield document[: profile.seq_len + 1] if corpus.splits_long else document
-            if corpus.splits_long:
-                for start in range(profile.seq_len + 1, len(document), profile.seq_len):
-                    yield np.concatenate([bos, document[start : start + profile.seq_len]])
+            if not corpus.splits_long:
+                yield [document]
+                continue
+            starts = range(profile.seq_len + 1, len(document), profile.seq_len)
+            rest = (np.concatenate([bos, document[start : start + profile.seq_len]]) for start in starts)
+            yield [document[: profile.seq_len + 1], *rest]
 
 
 class _Progress:
@@ -149,8 +164,7 @@ class _Progress:
 def _source(arguments: argparse.Namespace, profile: Profile, say: Say) -> Corpus:
     if arguments.corpus is not None:
         say(f"reading {arguments.corpus}")
-        held_out_bytes = profile.eval_rows * (profile.seq_len + 1) * HELD_OUT_BYTES_PER_TOKEN
-        return FolderCorpus(arguments.corpus, held_out_bytes=held_out_bytes)
+        return FolderCorpus(arguments.corpus, held_out_tokens=profile.eval_rows * (profile.seq_len + 1))
     raw = data_folder(profile) / "raw"
     if profile is TINY:
         say(f"fetching {WHEEL}")

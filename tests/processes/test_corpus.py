@@ -29,6 +29,7 @@ from oracle.corpus import (
     fetch_wheel,
     folder_documents,
     plain_text,
+    text_digest,
 )
 from oracle.download import ATTEMPTS, download
 
@@ -240,8 +241,11 @@ def write_parquet(path: Path, texts: Iterable[Any], column: str = "text") -> Pat
 
 
 def splits(corpus: FolderCorpus | ShardCorpus) -> dict[str, list[str]]:
-    """Return all documents of a corpus."""
-    found: dict[str, list[str]] = {split: list(corpus.held_out(split)) for split in HELD_OUT}
+    """Return all documents of a corpus whose held-out splits are read to their ends."""
+    found: dict[str, list[str]] = {}
+    for split in HELD_OUT:
+        found[split] = list(corpus.held_out(split))
+        corpus.packed(split, len(found[split]))
     return found | {"train": [text for part in range(corpus.parts) for text in corpus.part(part)]}
 
 
@@ -258,7 +262,7 @@ def test_documents_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "index").write_bytes(b"\xff")
     write_parquet(tmp_path / "deep" / "c.parquet", ["one", None, "", "two"])
-    assert sorted(folder_documents(tmp_path)) == ["one", "pass", "two", "Ünïcode\n"]
+    assert sorted(text for _, text in folder_documents(tmp_path)) == ["one", "pass", "two", "Ünïcode\n"]
 
 
 def test_splits_follow_content_not_names(tmp_path: Path) -> None:
@@ -272,12 +276,53 @@ def test_splits_follow_content_not_names(tmp_path: Path) -> None:
     for path in (tmp_path / "twice" / "two").iterdir():
         path.rename(path.with_suffix(".rst"))
     (tmp_path / "twice" / "link.parquet").symlink_to(tmp_path / "rows" / "z.parquet")
-    found = [FolderCorpus(tmp_path / name, held_out_bytes=500) for name in ("plain", "rows", "twice")]
+    found = [FolderCorpus(tmp_path / name, held_out_tokens=60) for name in ("plain", "rows", "twice")]
     first, *others = [splits(corpus) for corpus in found]
     assert others == [first, first]
     assert found[0].identity == found[1].identity == found[2].identity
     assert sorted(text for texts in first.values() for text in texts) == sorted(TEXTS)
-    assert all(sum(map(len, first[split])) >= 500 for split in HELD_OUT)
+    assert all(sum(map(len, first[split])) >= 480 for split in HELD_OUT)
+
+
+def test_what_packing_does_not_read_is_trained_on(tmp_path: Path) -> None:
+    """heldout begins where val's packing stopped, training where heldout's did; the tokenizer sees neither reserve."""
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    corpus = FolderCorpus(tmp_path, held_out_tokens=100)
+    order = sorted(TEXTS, key=text_digest)
+    val = list(corpus.held_out("val"))
+    assert val == order[: len(val)] and sum(map(len, val)) >= 800
+    later = list(corpus.tokenizer_texts())
+    assert later == order[-len(later) :]
+    corpus.packed("val", 5)
+    heldout = list(corpus.held_out("heldout"))
+    assert heldout == order[5 : -len(later)]
+    corpus.packed("heldout", 7)
+    assert list(corpus.part(0)) == order[12:] and corpus.parts == 1
+    corpus = FolderCorpus(tmp_path, held_out_tokens=100, part_bytes=500)
+    assert list(corpus.held_out("val")) == val and list(corpus.tokenizer_texts()) == later
+    parts = [list(corpus.part(part)) for part in range(corpus.parts)]
+    assert [text for part in parts for text in part] == order[-len(later) :]
+    assert len(parts) > 2 and all(0 < sum(map(len, part)) < 1_000 for part in parts)
+
+
+def test_a_third_is_held_back_at_most(tmp_path: Path) -> None:
+    """Of little text each split may have a third, so that a third is left to train on."""
+    write_parquet(tmp_path / "a.parquet", TEXTS)
+    total = sum(map(len, TEXTS))
+    corpus = FolderCorpus(tmp_path, held_out_tokens=total // 7)
+    longest = max(map(len, TEXTS))
+    for texts in splits(corpus).values():
+        assert abs(sum(map(len, texts)) - total / 3) <= 2 * longest
+
+
+def test_a_folder_that_changes_meanwhile_is_named(tmp_path: Path) -> None:
+    for index, text in enumerate(TEXTS):
+        (tmp_path / f"{index}.txt").write_text(text)
+    corpus = FolderCorpus(tmp_path, held_out_tokens=60)
+    for path in tmp_path.iterdir():
+        path.write_text("other")
+    with pytest.raises(DataError, match="changed while it was read: run the same command again"):
+        list(corpus.part(0))
 
 
 def _no_text(folder: Path) -> None:
@@ -313,7 +358,7 @@ def _huge(folder: Path) -> None:
         (_no_parquet, r"broken\.parquet cannot be read as parquet"),
         (_no_column, r"other\.parquet has no column `text`, only id, body"),
         (_numbers, r"numbers\.parquet has a column `text` that holds int, not text"),
-        (_little, r"holds 0\.0 MB of distinct text, too little for this profile: it needs 0\.0 MB"),
+        (_little, r"holds 0\.0 MB of distinct text, too little for this profile: it needs at least 0\.0 MB"),
         (_huge, r"has too few documents to hold some out: split its files"),
     ],
 )
@@ -323,7 +368,7 @@ def test_a_folder_that_cannot_serve(tmp_path: Path, fill: Callable[[Path], None]
     folder.mkdir()
     fill(folder)
     with pytest.raises(DataError, match=message) as caught:
-        FolderCorpus(folder, held_out_bytes=1_000)
+        FolderCorpus(folder, held_out_tokens=1_000)
     assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
 
 

@@ -12,7 +12,9 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +22,18 @@ import pytest
 
 import oracle
 from oracle.constants import PROFILES, TINY
-from oracle.corpus import HELD_OUT, DataError, FolderCorpus, ShardCorpus
+from oracle.corpus import HELD_OUT, DataError, FolderCorpus, ShardCorpus, text_digest
+from oracle.packing import Tokens
 from oracle.prepare import Prepared, active_profile, data_folder, default_profile, prepare
+from oracle.tokenizer import Tokenizer
 
 from .test_corpus import Hub, hub, write_parquet
 
 __all__ = ["hub"]
 
 MINI = replace(TINY, name="mini", seq_len=32, vocab_size=400, eval_rows=8)
+HELD_OUT_TOKENS = MINI.eval_rows * (MINI.seq_len + 1)
+PART_BYTES = 10_000  # cuts what `folder` leaves for training into four parts
 ROOT = Path(oracle.__file__).parents[1]
 
 
@@ -60,9 +66,7 @@ class Parts(FolderCorpus):
     """A folder in four parts, as if it were large."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, held_out_bytes=2_000)
-        self._digests |= {str(part): self._digests["0"][part::4] for part in range(3, -1, -1)}
-        self.parts = 4
+        super().__init__(folder, held_out_tokens=HELD_OUT_TOKENS, part_bytes=PART_BYTES)
 
 
 def quiet(line: str) -> None:
@@ -71,6 +75,21 @@ def quiet(line: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is made
+
+
+def pieces(texts: Iterable[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The documents cut to rows of MINI, each piece with BOS in front, in the order of their tokens' digests."""
+    cut = []
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        for start in range(0, len(tokens), MINI.seq_len):
+            cut.append([tokenizer.bos_id, *tokens[start : start + MINI.seq_len]])
+    return sorted(cut, key=lambda piece: sha256(np.array(piece, np.uint16).tobytes()).digest())
+
+
+def pieces_of(tokens: Tokens, tokenizer: Tokenizer) -> list[list[int]]:
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)
+    return [piece.tolist() for piece in np.split(tokens, starts) if len(piece)]
 
 
 def test_what_is_prepared(folder: Path, cache: Path) -> None:
@@ -84,15 +103,46 @@ def test_what_is_prepared(folder: Path, cache: Path) -> None:
         rows = prepared.val_rows(split)
         assert rows.shape == (MINI.eval_rows, MINI.seq_len + 1) and rows.dtype == np.uint16
         assert (rows[:, 0] == tokenizer.bos_id).all()
-    # Pieces of long documents follow each other, each with BOS: without BOS the shards are the texts end to end
     corpus = Parts(folder)
     for part, shard in enumerate(prepared.train_shards()):
         assert shard.dtype == np.uint16 and shard[0] == tokenizer.bos_id
         assert np.diff([*np.flatnonzero(shard == tokenizer.bos_id), len(shard)]).max() <= MINI.seq_len + 1
-        text = tokenizer.decode(shard[shard != tokenizer.bos_id].tolist())
-        assert text == "".join(corpus.part(part))
+        assert pieces_of(shard, tokenizer) == pieces(corpus.part(part), tokenizer)
         assert prepared.manifest["counts"][f"train-{part:05}.npy"]["tokens"] == len(shard)
     assert Prepared.open(MINI).manifest == json.loads((prepared.home / "manifest.json").read_bytes())
+
+
+@pytest.mark.parametrize("interrupted", [None, "packing heldout", "encoding training part 1 of 1"])
+def test_held_back_documents_that_nothing_was_packed_from_are_trained_on(
+    tmp_path: Path, cache: Path, interrupted: str | None
+) -> None:
+    """Training is all documents after those that packing read, its buffer included, whenever it was interrupted."""
+    profile = replace(MINI, eval_rows=400)
+    texts = sorted(make_texts(3_000, 12), key=text_digest)
+    write_parquet(tmp_path / "corpus" / "a.parquet", texts)
+
+    def corpus() -> FolderCorpus:
+        return FolderCorpus(tmp_path / "corpus", held_out_tokens=profile.eval_rows * (profile.seq_len + 1))
+
+    def say(line: str) -> None:
+        if interrupted and line.startswith(interrupted):
+            raise KeyboardInterrupt
+
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(profile, corpus(), say)
+    prepared = prepare(profile, corpus(), quiet)
+    val, heldout = (prepared.manifest["counts"][f"{split}.npy"]["packed"] for split in HELD_OUT)
+    held_back = prepared.manifest["corpus"]["held_back"]
+    assert val + heldout < held_back - 100
+    tokenizer = prepared.tokenizer()
+    assert tokenizer.ranks == Tokenizer.train(texts[held_back:], profile.vocab_size).ranks
+    [shard] = prepared.train_shards()
+    assert pieces_of(shard, tokenizer) == pieces(texts[val + heldout :], tokenizer)
+    for split, read in (("val", texts[:val]), ("heldout", texts[val : val + heldout])):
+        rows = prepared.val_rows(split)  # type: ignore[arg-type]
+        found = [piece for row in rows for piece in pieces_of(row, tokenizer)]
+        assert all(any(tokenizer.decode(piece[1:]) in text for text in read) for piece in found[::50])
 
 
 def test_shards_keep_their_documents_whole(tmp_path: Path) -> None:
@@ -119,7 +169,7 @@ def test_another_corpus_replaces_everything(folder: Path) -> None:
     """Nothing of the former corpus stays in the data or on the disk, and the digest tells them apart."""
     before = prepare(MINI, Parts(folder), quiet)
     (folder / "more.txt").write_text("one more document than before")
-    after = prepare(MINI, FolderCorpus(folder, held_out_bytes=2_000), quiet)
+    after = prepare(MINI, FolderCorpus(folder, held_out_tokens=HELD_OUT_TOKENS), quiet)
     assert len(after.train_shards()) == 1 and before.digest != after.digest
     assert {path.name for path in after.home.glob("train-*")} == {"train-00000.npy"}
 
@@ -314,7 +364,7 @@ def test_a_folder_of_ones_own(tmp_path: Path, cache: Path) -> None:
         (["--corpus", "nowhere"], "nowhere is not a folder: give --corpus a folder"),
         (["--corpus", "empty"], "empty holds no documents"),
         (["--corpus", "pictures"], "picture.png is not text"),
-        (["--corpus", "little"], "too little for this profile: it needs 2.4 MB"),
+        (["--corpus", "little"], "too little for this profile: it needs at least 0.8 MB"),
     ],
 )
 def test_what_a_user_can_get_wrong(tmp_path: Path, arguments: list[str], message: str) -> None:
