@@ -9,9 +9,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import oracle
-from oracle import optim
+from oracle import fused, optim
 
 PROFILE = oracle.profile_name()
 
@@ -21,69 +22,77 @@ PROFILE = oracle.profile_name()
 DEPTH = {"tiny": 2, "climbmix": 8}[PROFILE]  # transformer blocks
 ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = {"tiny": 64, "climbmix": 128}[PROFILE]  # channels of a head
+KV_GROUP = {"tiny": 1, "climbmix": 2}[PROFILE]  # query heads that share a key and a value head
 MLP_RATIO = 4.0  # hidden channels of the MLP, in widths
-WINDOW_PATTERN = "SSSL"  # attention of the blocks in turn: L sees all of the context, S a part; the last is always L
-SHORT_WINDOW = 0.5  # the part of the context that S sees
-ROPE_BASE = 10_000.0  # longest wavelength of the rotary positions
-QK_SCALE = 1.0  # factor on normed queries and keys; more is sharper attention
+WINDOW_PATTERN = "SSSL"  # attention of the blocks in turn: L sees all of the context, S a piece; the last is always L
+SHORT_WINDOW = {"tiny": 0.5, "climbmix": 0.25}[PROFILE]  # the context is cut into pieces of this part of it for S
+ROPE_BASE = {"tiny": 10_000.0, "climbmix": 100_000.0}[PROFILE]  # longest wavelength of the rotary positions
+QK_SCALE = {"tiny": 1.0, "climbmix": 1.15}[PROFILE]  # factor on normed queries and keys; more is sharper attention
 SOFTCAP = 15.0  # logits are squashed into (-SOFTCAP, SOFTCAP)
-GATE_CHANNELS = 32  # channels that a value embedding's gate looks at
-GATE_RANGE = 2.0  # gates lie in (0, GATE_RANGE); half of it at the start
+GATE_CHANNELS = {"tiny": 32, "climbmix": 12}[PROFILE]  # channels that a value embedding's gate looks at
+GATE_RANGE = {"tiny": 2.0, "climbmix": 3.0}[PROFILE]  # gates lie in (0, GATE_RANGE); half of it at the start
 
 # Initialisation
-EMBEDDING_STD = 1.0  # token embedding, normal
+EMBEDDING_STD = {"tiny": 1.0, "climbmix": 0.8}[PROFILE]  # token embedding, normal
 UNEMBEDDING_STD = 0.001  # output head, normal
 MATRIX_STD = 1.0  # q, k, v and value embeddings, uniform, in units of width**-0.5
-MLP_STD = 1.0  # MLP input, uniform, in the same units
+MLP_STD = {"tiny": 1.0, "climbmix": 0.5}[PROFILE]  # MLP input, uniform, in the same units
 RESID_LAMBDA = 1.0  # each block's weight of the residual stream
 X0_LAMBDA = 0.1  # each block's weight of the embedding
+
+# Attention kernels, the fastest first: cuDNN's takes 17 ns a token and block on an H200, flash's 28
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of x [B, H, T, D] by their position's angles [T, D/2]."""
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1)
+def linear(x: Tensor, weight: Tensor) -> Tensor:  # weights are float32, activations bfloat16 where that is fast
+    return F.linear(x, weight.to(x.dtype))
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, head_dim: int, short: bool, gated: bool) -> None:
+    def __init__(self, width: int, head_dim: int, piece: int, gated: bool) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.short = short
-        self.q, self.k, self.v, self.proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.gate = nn.Linear(min(GATE_CHANNELS, width), width // head_dim, bias=False) if gated else None
+        self.piece = piece  # tokens that look at each other, each at those before it
+        heads = width // head_dim
+        self.kv_heads = max(1, heads // KV_GROUP)
+        if heads % self.kv_heads:
+            raise ValueError(f"KV_GROUP is {KV_GROUP}, which does not divide {heads} heads")
+        self.q = nn.Linear(width, width, bias=False)
+        self.k, self.v = (nn.Linear(width, self.kv_heads * head_dim, bias=False) for _ in range(2))
+        self.proj = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(min(GATE_CHANNELS, width), self.kv_heads, bias=False) if gated else None
 
-    def heads(self, x: Tensor) -> Tensor:  # [B, T, H * D] -> [B, H, T, D]
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-
-    def forward(self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, window: Tensor) -> Tensor:
-        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+    def forward(self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        weights = self.q.weight, self.k.weight, self.v.weight
+        # [B, T, H, D] each; q and k with rotary positions, and normed
+        q, k, v = fused.qkv_heads(x, *weights, cos, sin, self.head_dim, QK_SCALE)
         if self.gate is not None and value is not None:
-            gate = GATE_RANGE * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
-            v = v + gate.transpose(1, 2).unsqueeze(-1) * self.heads(value)
-        q, k = norm(rotate(q, cos, sin)) * QK_SCALE, norm(rotate(k, cos, sin)) * QK_SCALE
-        if self.short:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=window)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        out: Tensor = self.proj(y.transpose(1, 2).flatten(2))
-        return out
+            gate = GATE_RANGE * torch.sigmoid(linear(x[..., : self.gate.in_features], self.gate.weight))
+            v = v + gate.unsqueeze(-1) * value.view(v.shape)
+        piece = min(self.piece, x.size(1))
+        q, k, v = (heads.reshape(-1, piece, *heads.shape[2:]).transpose(1, 2) for heads in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=KV_GROUP > 1)
+        return linear(y.transpose(1, 2).reshape(x.shape), self.proj.weight)
 
 
-class MLP(nn.Module):
-    def __init__(self, width: int) -> None:
+class Block(nn.Module):
+    def __init__(self, width: int, head_dim: int, piece: int, gated: bool) -> None:
         super().__init__()
         hidden = math.ceil(MLP_RATIO * width)
+        self.attention = Attention(width, head_dim, piece, gated)
         self.fc = nn.Linear(width, hidden, bias=False)
         self.proj = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.proj(F.relu(self.fc(x)).square())
-        return out
+    def forward(
+        self, x: Tensor, x0: Tensor, mix: tuple[Tensor, Tensor], value: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attention(norm(x), value, cos, sin)
+        return x + fused.relu2_mlp(norm(x), self.fc.weight, self.proj.weight)
 
 
 class GPT(nn.Module):
@@ -91,7 +100,6 @@ class GPT(nn.Module):
 
     cos: Tensor  # [T, D/2]
     sin: Tensor
-    window: Tensor  # bool [T, T]: what S blocks may look at
 
     def __init__(self, vocab_size: int, seq_len: int) -> None:
         super().__init__()
@@ -102,22 +110,22 @@ class GPT(nn.Module):
             raise ValueError(f"WINDOW_PATTERN is {WINDOW_PATTERN!r}, use the letters S and L")
         gated = [layer % 2 == (DEPTH - 1) % 2 for layer in range(DEPTH)]  # every other block, the last among them
         self.seq_len = seq_len
+        self.piece = min(seq_len, math.ceil(SHORT_WINDOW * seq_len))
+        whole = math.ceil(seq_len / self.piece) * self.piece
         self.embedding = nn.Embedding(vocab_size, width)
-        self.values = nn.ModuleDict({str(i): nn.Embedding(vocab_size, width) for i in range(DEPTH) if gated[i]})
-        self.attention = nn.ModuleList(Attention(width, head_dim, pattern[i] == "S", gated[i]) for i in range(DEPTH))
-        self.mlp = nn.ModuleList(MLP(width) for _ in range(DEPTH))
+        pieces = [self.piece if letter == "S" else whole for letter in pattern]
+        self.blocks = nn.ModuleList(Block(width, head_dim, pieces[i], gated[i]) for i in range(DEPTH))
+        kv_width = max(1, width // head_dim // KV_GROUP) * head_dim
+        self.values = nn.ModuleDict({str(i): nn.Embedding(vocab_size, kv_width) for i in range(DEPTH) if gated[i]})
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.resid_lambdas = nn.Parameter(torch.full((DEPTH,), RESID_LAMBDA))
         self.x0_lambdas = nn.Parameter(torch.full((DEPTH,), X0_LAMBDA))
 
         # Tables that follow from the shapes alone
-        position = torch.arange(seq_len, dtype=torch.float64)
+        position = torch.arange(whole, dtype=torch.float64)
         angle = torch.outer(position, ROPE_BASE ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim))
-        distance = position[:, None] - position[None, :]
-        window = (distance >= 0) & (distance < math.ceil(SHORT_WINDOW * seq_len))
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
-        self.register_buffer("window", window, persistent=False)
         self.init_weights(width)
 
     @torch.no_grad()
@@ -127,33 +135,35 @@ class GPT(nn.Module):
         nn.init.normal_(self.head.weight, std=UNEMBEDDING_STD)
         for weight in self.values.parameters():
             nn.init.uniform_(weight, -bound * MATRIX_STD, bound * MATRIX_STD)
-        for name, weight in (*self.attention.named_parameters(), *self.mlp.named_parameters()):
+        for name, weight in self.blocks.named_parameters():
             if "proj" in name or "gate" in name:
                 nn.init.zeros_(weight)
             else:
                 scale = MLP_STD if "fc" in name else MATRIX_STD
                 nn.init.uniform_(weight, -bound * scale, bound * scale)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, run_block=Block.forward) -> Tensor:  # type: ignore[no-untyped-def]
+        """Map tokens [B, T] to what the output head reads [B, T, C]; `run_block` may be compiled."""
         length = tokens.size(1)
         if length > self.seq_len:
             raise ValueError(f"a row of {length} tokens, but the model was built for at most {self.seq_len}")
-        # bfloat16 where it is fast, whatever the caller's own setting
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
-            cos, sin, window = self.cos[:length], self.sin[:length], self.window[:length, :length]
-            x = x0 = norm(self.embedding(tokens))
-            for i, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
-                value = self.values[str(i)](tokens) if str(i) in self.values else None
-                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-                x = x + attention(norm(x), value, cos, sin, window)
-                x = x + mlp(norm(x))
-            logits = self.head(norm(x)).float()
+        if length > self.piece:  # fill up the last piece: nothing looks ahead at what is put there
+            tokens = F.pad(tokens, (0, -length % self.piece))
+        cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
+        x = x0 = norm(self.embedding(tokens))
+        for i, block in enumerate(self.blocks):
+            value = self.values[str(i)](tokens) if str(i) in self.values else None
+            x = run_block(block, x, x0, (self.resid_lambdas[i], self.x0_lambdas[i]), value, cos, sin)
+        return norm(x[:, :length])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = linear(self.hidden(tokens), self.head.weight).float()
         return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
 def build_model(spec: oracle.ModelSpec) -> nn.Module:
     model = GPT(spec.vocab_size, spec.seq_len).to(spec.device)
-    if spec.device.type == "cuda":  # embeddings are most of the parameters
+    if spec.device.type == "cuda":  # what comes out of the embedding sets the precision of the activations
         for embedding in (model.embedding, *model.values.values()):
             embedding.bfloat16()
     return model
@@ -162,11 +172,11 @@ def build_model(spec: oracle.ModelSpec) -> nn.Module:
 # -----------------------------------------------------------------------------
 # Optimizer
 
-TOTAL_BATCH_SIZE = {"tiny": 8_192, "climbmix": 524_288}[PROFILE]  # tokens a step
-DEVICE_BATCH_SIZE = {"tiny": 16, "climbmix": 128}[PROFILE]  # rows a micro-batch
+TOTAL_BATCH_SIZE = {"tiny": 8_192, "climbmix": 262_144}[PROFILE]  # tokens a step
+DEVICE_BATCH_SIZE = {"tiny": 16, "climbmix": 128}[PROFILE]  # rows a micro-batch, at most: fewer where memory is short
 
 EMBEDDING_LR = 0.6  # token and value embeddings, x (width / 768)**-0.5
-UNEMBEDDING_LR = 0.004  # output head, scaled likewise
+UNEMBEDDING_LR = {"tiny": 0.004, "climbmix": 0.008}[PROFILE]  # output head, scaled likewise
 MATRIX_LR = 0.04  # block matrices (Muon)
 RESID_LR = 0.005  # resid_lambdas
 SCALAR_LR = 0.5  # x0_lambdas
@@ -174,23 +184,22 @@ ADAM_BETA1 = 0.8  # embeddings, head, resid_lambdas
 ADAM_BETA2 = 0.95  # all that AdamW trains
 SCALAR_BETA1 = 0.96  # x0_lambdas
 ADAM_EPS = 1e-10
-WEIGHT_DECAY = 0.2  # block matrices, falling to 0 over the run
+WEIGHT_DECAY = {"tiny": 0.2, "climbmix": 0.28}[PROFILE]  # block matrices, falling to 0 over the run
 MUON_MOMENTUM_START = 0.85  # at step 0
-MUON_MOMENTUM = 0.95  # from step MUON_MOMENTUM_STEPS on
-MUON_MOMENTUM_STEPS = 300
-MUON_BETA2 = 0.95  # variance reduction
+MUON_MOMENTUM = {"tiny": 0.95, "climbmix": 0.97}[PROFILE]  # from step MUON_MOMENTUM_STEPS on
+MUON_MOMENTUM_STEPS = {"tiny": 300, "climbmix": 400}[PROFILE]
+MUON_BETA2 = {"tiny": 0.95, "climbmix": 0.9}[PROFILE]  # variance reduction
 MUON_STEPS = 5  # Polar Express iterations
-MUON_NORM_MARGIN = 0.02  # safety margin on the norm that they start from
+MUON_NORM_MARGIN = {"tiny": 0.02, "climbmix": 0.01}[PROFILE]  # safety margin on the norm that they start from
 
-WARMUP_RATIO = 0.0  # share of the budget in which learning rates rise from 0
-WARMDOWN_RATIO = 0.5  # share of the budget in which they fall
-FINAL_LR_FRAC = 0.0  # to this fraction
+WARMUP_RATIO = {"tiny": 0.0, "climbmix": 0.02}[PROFILE]  # share of the budget in which learning rates rise from 0
+WARMDOWN_RATIO = {"tiny": 0.5, "climbmix": 0.65}[PROFILE]  # share of the budget in which they fall
+FINAL_LR_FRAC = {"tiny": 0.0, "climbmix": 0.05}[PROFILE]  # to this fraction
 
 
 def build_optimizer(model: GPT) -> optim.MuonAdamW:
     scale = (model.head.in_features / 768) ** -0.5
     embeddings = [*model.embedding.parameters(), *model.values.parameters()]
-    matrices = [*model.attention.parameters(), *model.mlp.parameters()]
     adamw = {"kind": "adamw", "betas": (ADAM_BETA1, ADAM_BETA2), "eps": ADAM_EPS}
     return optim.MuonAdamW(
         [
@@ -200,7 +209,7 @@ def build_optimizer(model: GPT) -> optim.MuonAdamW:
             {**adamw, "params": [model.x0_lambdas], "lr": SCALAR_LR, "betas": (SCALAR_BETA1, ADAM_BETA2)},
             {
                 "kind": "muon",
-                "params": matrices,
+                "params": list(model.blocks.parameters()),
                 "lr": MATRIX_LR,
                 "beta2": MUON_BETA2,
                 "steps": MUON_STEPS,
@@ -214,8 +223,15 @@ def build_optimizer(model: GPT) -> optim.MuonAdamW:
 # Training
 
 
-def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+def micro_batch(model: GPT, device: torch.device) -> int:
+    """Choose the rows of a micro-batch: DEVICE_BATCH_SIZE, halved until a step fits into the device's memory."""
+    rows = DEVICE_BATCH_SIZE
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction()
+        row_bytes = 32 * DEPTH * model.head.in_features * model.seq_len  # activations: as much a block and channel
+        while rows > 1 and rows * row_bytes > memory - 2 * 2**30:  # the rest: weights, optimizer, a chunk of logits
+            rows //= 2
+    return rows
 
 
 def train(run: oracle.Run) -> nn.Module:
@@ -223,15 +239,22 @@ def train(run: oracle.Run) -> nn.Module:
     model = build_model(run.spec)
     assert isinstance(model, GPT)
     optimizer = build_optimizer(model)
-    accumulation = max(1, round(TOTAL_BATCH_SIZE / (DEVICE_BATCH_SIZE * run.spec.seq_len)))  # micro-batches a step
+    rows = micro_batch(model, run.device)
+    accumulation = max(1, round(TOTAL_BATCH_SIZE / (rows * run.spec.seq_len)))  # micro-batches a step
     on_cuda = run.device.type == "cuda"
     if on_cuda:
         torch.set_float32_matmul_precision("high")
-    loss_of = torch.compile(next_token_loss, dynamic=False) if on_cuda else next_token_loss
+    # One block is compiled, not the whole model: it starts sooner, and every block runs it
+    run_block = torch.compile(Block.forward, dynamic=False) if on_cuda else Block.forward
+
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+        with sdpa_kernel(ATTENTION, set_priority=True):
+            x = model.hidden(inputs, run_block)
+        return fused.softcapped_cross_entropy(x, model.head.weight, targets, SOFTCAP)
 
     # Warm up (and compile) before the clock starts, leaving no trace in weights or random state
     with torch.random.fork_rng([run.device] if on_cuda else []):
-        loss_of(model, *run.dummy_batch(DEVICE_BATCH_SIZE)).backward()  # type: ignore[no-untyped-call]
+        loss_of(*run.dummy_batch(rows)).backward()  # type: ignore[no-untyped-call]
     optimizer.zero_grad()
     # The garbage collector's pauses cost steps: collect now, and rarely from here on
     gc.collect()
@@ -241,8 +264,17 @@ def train(run: oracle.Run) -> nn.Module:
     step, micro_steps = 0, 0
     loss_sum = torch.zeros((), device=run.device)
     smooth_loss = 0.0
-    for inputs, targets, _ in run.batches(DEVICE_BATCH_SIZE):
-        loss = loss_of(model, inputs, targets) / accumulation
+
+    def report(step: int, lr: float, loss: Tensor, arrived: torch.cuda.Event | None) -> None:
+        nonlocal smooth_loss
+        if arrived is not None:
+            arrived.synchronize()
+        smooth_loss = 0.9 * smooth_loss + 0.1 * loss.item()
+        run.log(step, loss, lr=lr, smooth=smooth_loss / (1 - 0.9**step))
+
+    launched: tuple[int, float, Tensor, torch.cuda.Event | None] | None = None
+    for inputs, targets, _ in run.batches(rows):
+        loss = loss_of(inputs, targets) / accumulation
         loss.backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach()
         micro_steps += 1
@@ -259,13 +291,19 @@ def train(run: oracle.Run) -> nn.Module:
         optimizer.step()
         optimizer.zero_grad()
 
+        # The loss goes to the host while the GPU works on: the last step is reported, the next batch is fetched
+        if launched is not None:
+            report(*launched)
         step += 1
-        step_loss = loss_sum.item()
-        smooth_loss = 0.9 * smooth_loss + 0.1 * step_loss
-        run.log(step, step_loss, lr=MATRIX_LR * multiplier, smooth=smooth_loss / (1 - 0.9**step))
+        arrived = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        launched = step, MATRIX_LR * multiplier, loss_sum.to("cpu", non_blocking=True, copy=True), arrived
+        if arrived is not None:
+            arrived.record()
         loss_sum.zero_()
         if step % 5_000 == 0:
             gc.collect()
+    if launched is not None:
+        report(*launched)
     gc.enable()
     return model
 

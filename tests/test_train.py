@@ -138,27 +138,44 @@ def test_short_rows_are_prefixes_and_long_ones_are_refused(model: nn.Module) -> 
             model(torch.zeros(1, 257, dtype=torch.int64))
 
 
-def test_short_windows_look_back_half_the_context() -> None:
-    module = load(DEPTH=1, **SMALL)
-    model = module.build_model(SPEC)
-    assert isinstance(model, nn.Module)
-    window = dict(model.named_buffers())["window"]
-    seen = [int(row.sum()) for row in window]
-    assert seen == [min(i + 1, 128) for i in range(256)]
-    assert bool(window.diagonal().all()) and not window.triu(1).any()
+def test_short_windows_see_their_own_piece_of_the_context() -> None:
+    """A changed token reaches the positions after it in its piece, and no other: neither before it nor beyond."""
+    model: Any = load(DEPTH=1, **SMALL).build_model(SPEC)
+    attention = model.blocks[0].attention  # the last block is L
+    attention.piece = 128
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(weight.numel()))
+    tokens = torch.arange(200).remainder(SPEC.vocab_size)[None]
+    other = tokens.clone()
+    other[0, 100] += 1
+    with torch.no_grad():
+        changed = (model(tokens) - model(other))[0].abs().amax(-1) > 0
+    assert changed.nonzero().flatten().tolist() == list(range(100, 128))
+
+
+def test_a_row_may_end_anywhere_in_a_piece() -> None:
+    model = load(SHORT_WINDOW=0.3, **SMALL).build_model(SPEC)  # 77 of 256 tokens: no divisor
+    tokens = torch.arange(256).remainder(SPEC.vocab_size)[None]
+    with torch.no_grad():
+        whole = model(tokens)
+        assert whole.shape == (1, 256, SPEC.vocab_size)
+        for length in (1, 76, 77, 78, 200):
+            torch.testing.assert_close(model(tokens[:, :length]), whole[:, :length], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("profile", "vocab_size", "parameters"), [("tiny", 1_024, 786_500), ("climbmix", 8_192, None)])
 def test_parameters_are_counted(
     monkeypatch: pytest.MonkeyPatch, profile: str, vocab_size: int, parameters: int | None
 ) -> None:
-    """Embedding, head, value embeddings on every other layer, 12 width**2 a block, gates and two scalars a layer."""
+    """Embedding, head, value embeddings on every other layer, the blocks' matrices, gates and two scalars a layer."""
     monkeypatch.setenv("AUTORESEARCH_PROFILE", profile)
     module = load()
     model = module.build_model(ModelSpec(vocab_size=vocab_size, seq_len=256, device=SPEC.device))
-    depth, width, heads = {"tiny": (2, 128, 2), "climbmix": (8, 512, 4)}[profile]
-    gated = depth // 2
-    expected = (2 + gated) * vocab_size * width + depth * 12 * width**2 + gated * 32 * heads + 2 * depth
+    depth, width, heads, gate, group = {"tiny": (2, 128, 2, 32, 1), "climbmix": (8, 512, 4, 12, 2)}[profile]
+    gated, kv_width = depth // 2, width // group
+    tables = (2 * width + gated * kv_width) * vocab_size
+    blocks = depth * (10 * width**2 + 2 * width * kv_width) + gated * gate * heads // group
+    expected = tables + blocks + 2 * depth
     assert sum(p.numel() for p in model.parameters()) == expected == (parameters or expected)
 
 
