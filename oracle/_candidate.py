@@ -2,9 +2,10 @@
 
 import importlib.util
 import json
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._processes import memory_limit_gb
 from ._wire import Channel
 from .evaluate import ScoreError, check_logits
 from .run import ContractError, Diverged, ModelSpec
 
 TAIL_CHARS = 4_000  # of a traceback
+# CUDA and its libraries do not always raise torch.OutOfMemoryError, and compilers wrap it
+OUT_OF_MEMORY = re.compile(
+    r"(CUDA|HIP|MPS)\b.{0,40}\bout of memory|CUDA_ERROR_OUT_OF_MEMORY|CU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: can't allocate memory"
+)
 
 
 def load(directory: Path) -> ModuleType:
@@ -65,16 +72,40 @@ def _crash(error: BaseException) -> dict[str, Any]:
         return {"kind": "contract", "reason": str(error), "detail": detail}
     if isinstance(error, Diverged):
         return {"kind": "diverged", "reason": str(error), "detail": detail}
-    message = str(error).strip().partition("\n")[0][:300]
+    short = [one for one in _chain(error) if _is_out_of_memory(one)]
+    said = short[-1] if short else error
+    lines = str(said).strip().split("\n")
+    message = next((line.strip() for line in lines if short and OUT_OF_MEMORY.search(line)), lines[0])[:300]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == "train.py"]
     where = f" (train.py:{frames[-1].lineno})" if frames else ""
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    hint = "; try a smaller DEVICE_BATCH_SIZE or model" if out_of_memory else ""
+    hint = "; try a smaller DEVICE_BATCH_SIZE or model" if short else ""
     return {
-        "kind": "memory" if out_of_memory else "error",
-        "reason": f"{type(error).__name__}: {message}{where}{hint}",
+        "kind": "memory" if short else "error",
+        "reason": f"{type(said).__name__}: {message}{where}{hint}",
         "detail": detail,
     }
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it came from, the innermost last."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def limit_memory() -> None:
+    """Let this process take no more of the GPU than AUTORESEARCH_MEMORY_GB says."""
+    if (limit := memory_limit_gb()) is not None and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total))
 
 
 def serve(work: Callable[[dict[str, Any], Channel], None]) -> None:

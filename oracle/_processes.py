@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,56 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 REASON_CHARS = 300  # of a crash
 OUT_OF_MEMORY = "signal 9, from a system that is out of memory"
 GOODBYE_S = 10.0  # for a process to end that has nothing left to do
+
+
+class DeviceError(Exception):
+    """The user asks for a device that is not there."""
+
+
+def select_device(name: str | None) -> None:
+    """Let this process and all that it starts see the device `name` and no other, before any of them imports torch.
+
+    None and auto: as they are. `cuda:N` counts as nvidia-smi does. Raises DeviceError for a name of another form.
+    """
+    match (name or "auto").partition(":"):
+        case ("auto", "", ""):
+            return
+        case ("cpu", "", "") if sys.platform == "darwin":
+            raise DeviceError("device cpu: PyTorch has no way to hide a Mac's GPU; choose auto")
+        case ("cpu", "", ""):
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        case ("cuda", "", ""):
+            return
+        case ("cuda", ":", number) if number.isascii() and number.isdigit():
+            os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(int(number))
+        case _:
+            raise DeviceError(f"no device is called {name!r}: choose auto, cpu, cuda or cuda:N")
+
+
+def find_device(name: str | None) -> None:
+    """Raise DeviceError where `select_device(name)` has left no GPU to see although `name` asks for one."""
+    if name is None or not name.startswith("cuda"):
+        return
+    probe = [sys.executable, "-P", "-c", sandbox.CUDA_PROBE]  # in a process of its own: CUDA does not survive a fork
+    if subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True).returncode:
+        raise DeviceError(f"there is no device {name}: CUDA sees no such GPU here; `nvidia-smi -L` lists those it has")
+
+
+def memory_limit_gb() -> float | None:
+    """Return what AUTORESEARCH_MEMORY_GB (GiB) leaves each process of a GPU's memory, as a smaller one would; or None.
+
+    It is for trying what fits: a candidate that lifts it gets the whole GPU. Raises DeviceError for another value.
+    """
+    if not (given := os.environ.get("AUTORESEARCH_MEMORY_GB", "")):
+        return None
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < float("inf"):
+        raise DeviceError(f"AUTORESEARCH_MEMORY_GB is {given!r}: give a number of GiB above 0, or unset it")
+    return limit
 
 
 def adopt_orphans() -> None:
@@ -92,11 +142,19 @@ class Child:
     """A process that runs candidate code: `python -m oracle.<module>`, a channel to it, and what it was told.
 
     It runs in the best sandbox of this machine: besides Python and the oracle's code it reads `readable`, and it writes
-    in `cwd` only. Start it in the thread that ends it: bubblewrap ends its processes with the thread that started them.
+    in `cwd` only; `env` is added to its environment. Start it in the thread that ends it: bubblewrap ends its processes
+    with the thread that started them.
     """
 
     def __init__(
-        self, module: str, *, cwd: Path, readable: Sequence[Path], fds: Sequence[int], order: dict[str, Any]
+        self,
+        module: str,
+        *,
+        cwd: Path,
+        readable: Sequence[Path],
+        fds: Sequence[int],
+        order: dict[str, Any],
+        env: Mapping[str, str],
     ) -> None:
         self._level = sandbox.available()
         self._memory_kills = memory_kills()
@@ -106,7 +164,7 @@ class Child:
         self.process = subprocess.Popen(
             sandbox.wrap(command, self._level, writable=cwd, readable=readable),
             cwd=cwd,
-            env=sandbox.environment(self._level, writable=cwd),
+            env={**sandbox.environment(self._level, writable=cwd), **env},
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), *fds),
             start_new_session=True,

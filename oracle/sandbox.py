@@ -79,7 +79,7 @@ _CALLS = {
     "aarch64": (0xC00000B7, 198, (203, 194, 190, 186, 180, 217, 218, 219, 425)),
 }
 _AF_UNIX, _SOCK_SEQPACKET = 1, 5
-_CUDA_PROBE = "import ctypes, sys; sys.exit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
+CUDA_PROBE = "import ctypes, sys; sys.exit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
 
 
 class SandboxError(Exception):
@@ -106,7 +106,8 @@ def works(level: Level) -> bool:
         return True
     if sys.platform != "linux" or (level == "bubblewrap" and shutil.which("bwrap") is None):
         return False
-    probe = [sys.executable, "-P", "-c", _CUDA_PROBE] if glob.glob("/dev/nvidia[0-9]*") else ["true"]
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # from whoever is to use the CPU
+    probe = [sys.executable, "-P", "-c", CUDA_PROBE] if glob.glob("/dev/nvidia[0-9]*") and not hidden else ["true"]
     with tempfile.TemporaryDirectory() as folder:
         command = wrap(probe, level, writable=Path(folder), readable=())
         return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
@@ -121,7 +122,7 @@ def wrap(command: Sequence[str], level: Level, *, writable: Path, readable: Iter
     """
     if level == "none":
         return list(command)
-    seen = [*_existing(_SYSTEM), *_interpreter(), Path(__file__).parent, *readable]
+    seen = [*_existing(_SYSTEM), *_interpreter(), *_compiler(), Path(__file__).parent, *readable]
     if level == "landlock":
         allowed = {
             "read": [*map(str, seen), *map(str, _existing(_PROC))],
@@ -144,7 +145,10 @@ def environment(level: Level, *, writable: Path) -> dict[str, str]:
     """Return the environment of a sandboxed process: this one's, with a home and a temporary directory that it has."""
     if level == "none":
         return dict(os.environ)
-    return {**os.environ, "HOME": str(writable), "TMPDIR": str(writable), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "HOME": str(writable), "TMPDIR": str(writable), "PYTHONDONTWRITEBYTECODE": "1"}
+    if level == "landlock":  # which has no /dev/shm, and so no semaphores for a pool of compiling processes
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    return environment
 
 
 def _existing(patterns: Iterable[str]) -> list[Path]:
@@ -157,6 +161,14 @@ def _interpreter() -> list[Path]:
     parts = [f"{prefix}/{part}" for prefix in prefixes for part in _PREFIX_PARTS]
     libraries = [path for name, path in sysconfig.get_paths().items() if name.endswith(("stdlib", "lib"))]
     return _existing(map(glob.escape, dict.fromkeys([*parts, *libraries])))
+
+
+def _compiler() -> list[Path]:
+    """Return the parts of the prefix that the C compiler is in: torch.compile and Triton start it, wherever it lies."""
+    found = [Path(path) for name in (os.environ.get("CC", "cc"), "gcc", "clang") if (path := shutil.which(name))]
+    prefixes = dict.fromkeys(place.parents[1] for path in found for place in (path, path.resolve()))
+    parts = ("bin", "include", "lib", "lib64", "libexec")
+    return _existing(f"{glob.escape(str(prefix))}/{part}" for prefix in prefixes for part in parts)
 
 
 def _restrict(allowed: dict[str, list[str]]) -> None:

@@ -104,18 +104,33 @@ class Bench:
         seed: int,
         heldout: bool = False,
         baseline: Mapping[str, Any] | None = None,
+        compiled: Mapping[str, Any] | None = None,
         on_event: Callable[[dict[str, Any]], None] = _ignore,
     ) -> Result:
         """Run one candidate once and return what it is worth; raise a UsageError when nothing can be run here.
 
-        `heldout` asks for the score on the second split too; `baseline` has the metrics of the first baseline.
+        `heldout` asks for the score on the second split too; `baseline` has the metrics of the first baseline;
+        `compiled` names the compile cache.
         """
         self.clear()
-        asked = {"seed": seed, "heldout": heldout, "baseline": baseline, "data": dict(self.terms.data)}
+        asked = {
+            "seed": seed,
+            "heldout": heldout,
+            "baseline": baseline,
+            "compiled": compiled,
+            "data": dict(self.terms.data),
+        }
         return self._settled(self._answer("run", name, files, on_event, asked, self._result))
 
     def verify(
-        self, files: Mapping[str, bytes], result: Result, *, name: str, seed: int, baseline: Mapping[str, Any] | None
+        self,
+        files: Mapping[str, bytes],
+        result: Result,
+        *,
+        name: str,
+        seed: int,
+        baseline: Mapping[str, Any] | None,
+        compiled: Mapping[str, Any] | None,
     ) -> Result:
         """Let the runner look once more, in its directory, at the last run; return `result` with what that added.
 
@@ -128,7 +143,13 @@ class Bench:
             metrics = {**result.metrics, **_metrics(said), metric: result.metrics[metric]}
             return replace(result, metrics=metrics)
 
-        asked = {"seed": seed, "score": result.score, "weights_sha256": result.weights_sha256, "baseline": baseline}
+        asked = {
+            "seed": seed,
+            "score": result.score,
+            "weights_sha256": result.weights_sha256,
+            "baseline": baseline,
+            "compiled": compiled,
+        }
         verified = self._settled(self._answer("verify", name, files, _ignore, asked, merged))
         if verified.status == "ok":
             return verified
@@ -255,6 +276,7 @@ class Bench:
             "candidate": str(candidate),
             "scratch": str(scratch),
             "profile": self.settings.profile,
+            "device": self.settings.device,
             "budget_s": self.settings.budget_s,
             **(asked or {}),
         }

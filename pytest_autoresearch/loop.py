@@ -86,10 +86,13 @@ class _Mode(Mode, ABC):
         settings, workspace, terms = self.settings, research.workspace, research.terms
         better = "lower" if settings.direction == "min" else "higher"
         profile = f", profile {terms.profile}" if terms.profile else ""
+        device = f", device {settings.device}" if settings.device != "auto" else ""
         trust = f", trust: {terms.trust}" if terms.trust else ""
         where = "this checkout" if workspace.in_place else os.path.relpath(workspace.workdir, settings.root)
         self.say(f"autoresearch: branch {workspace.branch}, in {where}; changes {', '.join(settings.mutable)}")
-        self.say(f"  {settings.metric}, {better} is better; {terms.budget_s:g} s of training a run{profile}{trust}")
+        self.say(
+            f"  {settings.metric}, {better} is better; {terms.budget_s:g} s of training a run{profile}{device}{trust}"
+        )
         lock, in_file = research.locked
         of = FILE if in_file else f"the files as they are, as there is no {FILE}:"
         self.say(f"  locked: {of} {lock.digest}")

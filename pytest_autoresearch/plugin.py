@@ -44,6 +44,12 @@ OPTIONS = (
         "set of constants the runner uses, such as tiny or climbmix (default: the runner chooses)",
     ),
     (
+        "--autoresearch-device",
+        "NAME",
+        "device that candidates run on: auto (the first GPU, else the CPU; the default), cpu, cuda, or cuda:N with "
+        "nvidia-smi's N; one loop uses one device",
+    ),
+    (
         "--autoresearch-require",
         "TRUST",
         "run nothing unless candidates are kept from their score at least this well: split (processes of their own) "
@@ -141,6 +147,7 @@ INI_KEYS: tuple[tuple[str, Any, Any, str], ...] = (
     ("autoresearch_line_price", "float", 0.0001, "what a net line added must gain, in units of the metric"),
     ("autoresearch_memory_price", "float", 0.001, "what a GB of peak memory added must gain"),
     ("autoresearch_profile", "string", "", "as --autoresearch-profile"),
+    ("autoresearch_device", "string", "auto", "as --autoresearch-device"),
     ("autoresearch_agent_timeout_s", "float", 900.0, "seconds the agent's command may take for one proposal"),
     ("autoresearch_program", "string", "program.md", "instructions that the agent's command reads on stdin"),
 )

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from . import compiled
 from .bench import Bench
 from .gate import signature
 from .ledger import Ledger, candidate_of, one_line, prior, result_of, results_tsv, run_record, status_of
@@ -348,6 +349,7 @@ class Research:
                 seed=seed,
                 heldout=heldout,
                 baseline=self.repeats.first,
+                compiled=self._compiled(),
                 on_event=live.event,
             )
         self.seconds.append(time.monotonic() - began)
@@ -370,7 +372,16 @@ class Research:
     def _verify(self, item: Experiment, files: dict[str, bytes], name: str, seed: int, result: Result) -> Result:
         with self._live(item) as live:
             live.event({"event": "phase", "phase": "verify"})
-            return self.bench.verify(files, result, name=name, seed=seed, baseline=self.repeats.first)
+            return self.bench.verify(
+                files, result, name=name, seed=seed, baseline=self.repeats.first, compiled=self._compiled()
+            )
+
+    def _compiled(self) -> dict[str, Any]:
+        """Name the compile cache of this line's start on this machine; only its first baseline may fill it."""
+        baselines = self.repeats.known()
+        start = baselines[0]["commit"] if baselines else self.workspace.champion
+        trusted = not baselines and all(status_of(record) != "keep" for record in self.ledger.runs)
+        return compiled.request(self.workspace.state.parent, start, self.terms.fingerprint, fill=trusted)
 
     def _live(self, item: Experiment) -> Live:
         return Live(self.session.config, f"  {item.name:>3}", self.terms.budget_s)

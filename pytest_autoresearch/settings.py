@@ -36,6 +36,7 @@ class Settings:
     immutable: tuple[str, ...]  # patterns, as `immutable_patterns` gives them
     runner: tuple[str, ...]
     profile: str | None  # None: the runner's own
+    device: str  # auto, cpu, cuda or cuda:N
     branch_prefix: str
     tag: str
     agent: tuple[str, ...] | None  # None: the tuner proposes
@@ -100,6 +101,7 @@ def read(config: pytest.Config) -> Settings:
         immutable=immutable_patterns(immutable),
         runner=tuple(part.replace("{python}", sys.executable) for part in runner),
         profile=_given(config, "autoresearch_profile") or config.getini("autoresearch_profile") or None,
+        device=_device(config),
         branch_prefix=_word(config.getini("autoresearch_branch_prefix"), "autoresearch_branch_prefix"),
         tag=_word(_given(config, "autoresearch_tag") or _today(), "--autoresearch-tag"),
         agent=_agent(_given(config, "autoresearch_agent")),
@@ -221,6 +223,15 @@ def _rule(value: str | None) -> Literal["ladder", "strict"]:
     if value not in (None, "ladder", "strict"):
         raise _bad(value, "--autoresearch-rule", "'ladder' or 'strict'")
     return "strict" if value == "strict" else "ladder"
+
+
+def _device(config: pytest.Config) -> str:
+    given = _given(config, "autoresearch_device")
+    value = cast(str, config.getini("autoresearch_device")) if given is None else given
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
+        source = "autoresearch_device" if given is None else "--autoresearch-device"
+        raise _bad(value, source, "'auto', 'cpu', 'cuda' or 'cuda:N': `nvidia-smi -L` lists each N")
+    return value
 
 
 def _file(config: pytest.Config, value: str | None, source: str) -> Path | None:

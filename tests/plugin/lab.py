@@ -47,6 +47,8 @@ def result(status, **what):
 
 if request["profile"] not in (None, "tiny", "big"):
     result("unusable", reason=f"unknown profile {request['profile']!r}: use tiny or big")
+if request["device"] not in ("auto", "cpu"):
+    result("unusable", reason=f"there is no device {request['device']}")
 if (Path.cwd() / "NO_DATA").exists():
     result("unusable", reason="no data for profile tiny: run `python -m oracle.prepare --profile tiny`")
 with open(os.environ["LAB_REQUESTS"], "a") as requests:

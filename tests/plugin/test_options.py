@@ -28,6 +28,7 @@ def test_the_surface_is_frozen() -> None:
         "--autoresearch-tag",
         "--autoresearch-agent",
         "--autoresearch-profile",
+        "--autoresearch-device",
         "--autoresearch-require",
         "--autoresearch-determinism",
         "--autoresearch-rule",
@@ -54,6 +55,7 @@ def test_the_surface_is_frozen() -> None:
         "autoresearch_line_price": 0.0001,
         "autoresearch_memory_price": 0.001,
         "autoresearch_profile": "",
+        "autoresearch_device": "auto",
         "autoresearch_agent_timeout_s": 900.0,
         "autoresearch_program": "program.md",
     }
@@ -167,6 +169,11 @@ def test_exit_codes_are_frozen(lab: Lab) -> None:
         ((*LOOP, "-o", "autoresearch_runner={python} -c 'raise SystemExit(\"boom\")'"), "failed its check: boom"),
         ((*LOOP, "-o", "autoresearch_runner=no-such-judge"), "autoresearch_runner: no-such-judge"),
         ((*LOOP, "--autoresearch-profile=huge"), "unknown profile 'huge': use tiny or big"),
+        ((*LOOP, "--autoresearch-device=mps"), "--autoresearch-device: 'mps' is not 'auto', 'cpu', 'cuda' or 'cuda:N'"),
+        ((*LOOP, "--autoresearch-device=cuda:-1"), "--autoresearch-device: 'cuda:-1' is not"),
+        ((*LOOP, "--autoresearch-device=cuda:7"), "there is no device cuda:7"),
+        (("train.py", "--autoresearch-device=cuda:7"), "there is no device cuda:7"),
+        ((*LOOP, "-o", "autoresearch_device=gpu"), "autoresearch_device: 'gpu' is not 'auto', 'cpu'"),
         (("train.py", "--autoresearch-profile=huge"), "unknown profile 'huge': use tiny or big"),
     ],
 )

@@ -46,6 +46,7 @@ def settings(root: Path) -> Settings:
         mutable=("train.py",),
         immutable=(),
         runner=("judge",),
+        device="auto",
         profile=None,
         branch_prefix="autoresearch",
         tag="lab",

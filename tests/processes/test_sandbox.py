@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,31 @@ def test_it_reaches_no_socket_of_this_machine(place: Place, listening: list[tupl
     ]
     answer = place.python(f"{TRY}{SEND}\nanswer = [attempt(send, *to) for to in json.loads({json.dumps(addresses)!r})]")
     assert answer == ["refused"] * 4
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+def test_a_compiler_makes_what_a_process_then_loads(place: Place) -> None:
+    """As Triton does for the launcher of each kernel: with Python's headers, in the temporary directory."""
+    code = """
+        import subprocess, sysconfig, tempfile
+        folder = tempfile.mkdtemp()
+        with open(f"{folder}/it.c", "w") as file: file.write("#include <Python.h>\\nint it(void) { return 7; }")
+        include = sysconfig.get_paths()["include"]
+        command = ["cc", f"{folder}/it.c", "-O3", "-shared", "-fPIC", f"-I{include}", "-o", f"{folder}/it.so"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        answer = done.stderr or ctypes.CDLL(f"{folder}/it.so").it()
+    """
+    assert place.python(textwrap.dedent(code)) == 7
+
+
+def test_where_no_semaphore_can_be_made_nothing_compiles_in_a_pool(place: Place) -> None:
+    code = """
+        import multiprocessing
+        try: multiprocessing.Lock(); able = True
+        except OSError: able = False
+        answer = able or os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    """
+    assert place.python(textwrap.dedent(code)) is True
 
 
 def test_it_sees_signals_and_traces_no_other_process(place: Place) -> None:
