@@ -41,7 +41,7 @@ CLIMBMIX = Profile(
     budget_s=300.0,
     startup_s=180.0,
     eval_rows=10_240,  # 20,971,520 tokens
-    eval_batch=32,
+    eval_batch=16,  # 1 GiB of logits: two such fit on a card of 8 GB beside the model
     tokenizer_chars=1_000_000_000,
     tokenizer_document_chars=10_000,
 )

@@ -82,13 +82,16 @@ def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
     check_logits(logits, (*targets.shape, logits.shape[-1]))
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
-        top = logits.amax(-1, keepdim=True)
+        chosen = logits.gather(-1, targets.unsqueeze(-1))
+        # On CUDA a row at a time: next to no memory beside the logits', and the same kernels whatever the batch
+        parts = logits.split(1) if logits.is_cuda else (logits,)  # type: ignore[no-untyped-call]
+        tops = [part.amax(-1, keepdim=True) for part in parts]
+        totals = [(part - top).exp_().sum(-1) for part, top in zip(parts, tops, strict=True)]
+        # float64 from here on, on the CPU: some devices have none, and these are [B, T] only
+        top = torch.cat(tops).cpu().double()
         if not torch.isfinite(top).all():
             raise ScoreError("logits contain NaN, +inf, or a position where every entry is -inf")
-        total = (logits - top).exp_().sum(-1)
-        chosen = logits.gather(-1, targets.unsqueeze(-1))
-        # float64 from here on, on the CPU: some devices have none, and these are [B, T] only
-        return total.cpu().double().log_() + (top.cpu().double() - chosen.cpu().double()).squeeze(-1)
+        return torch.cat(totals).cpu().double().log_() + (top - chosen.cpu().double()).squeeze(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,12 +27,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from . import sandbox
-from ._processes import Crash, adopt_orphans
+from . import compiled, sandbox
+from ._gpu import Memory, selected, stated_peak
+from ._processes import Crash, DeviceError, adopt_orphans, find_device, memory_limit_gb, select_device
 from .corpus import DataError
 from .prepared import Prepared, active_profile, named_profile
 from .training import Training
-from .weights import weights_sizes
+from .weights import weights_file, weights_sizes
 
 SCHEMA = 1
 AUDIT_ROWS = 256  # of each run; before a keep, `verify` audits every row
@@ -66,10 +67,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    gpus = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        gpus += [s.partition(":")[2].strip() for s in path.read_text().splitlines() if s.startswith("Model:")]
-    driver = None
+    gpu, driver = selected(), None
     with contextlib.suppress(OSError):
         driver = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
     return {
@@ -77,37 +75,41 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         "data": prepared.digest[:16],
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "gpu": ", ".join(gpus),
-        "driver": driver[0] if driver else "",
+        "gpu": gpu.name if gpu else "",
+        "driver": driver[0] if gpu and driver else "",
         "torch": version("torch"),
-    }
+    } | ({} if (limit := memory_limit_gb()) is None else {"memory_gb": limit})
 
 
 def run(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str, Any]:
     """Train, score and audit one candidate; return the result's fields. Raises Crash."""
     began = time.monotonic()
+    cache = request.get("compiled")
     events.send("phase", phase="start")
-    with Training(request, prepared, events) as training:
+    with Memory() as memory, Training(request, prepared, events) as training:
         # torch is imported here while the trainer imports it; the scorers follow while the trainer builds its model
         from .audit import Audit
-        from .report import figures, peak_memory_mb, used_memory_mb
+        from .report import figures, peak_memory_mb
         from .scoring import Scoring
 
         with Scoring(request, prepared, events, early=EARLY_SCORERS) as scoring:
             device = scoring.device
-            try:
-                trained = training.finish(before_clock=scoring.wait)
-            except Crash as crash:
-                training.end()
-                if crash.kind == "memory" and (used_mb := used_memory_mb(device)) > BUSY_MB:
-                    busy = f"{used_mb:.0f} MB of the device's memory are used by other processes"
-                    raise Crash("busy", f"{busy}: {crash}", crash.detail) from crash
-                raise
+
+            def before_clock() -> None:
+                scoring.wait()
+                compiled.take(cache, "trainer", weights_file(request).parent)
+
+            trained = training.finish(before_clock=before_clock)
+            memory.stop()
             training.end()
             if training.device != device.type:
                 raise Crash("error", f"trained on {training.device or 'no device'}, where the judge has {device.type}")
-            on_cpu = device.type != "cuda"
-            peak_mb = peak_memory_mb(device, resource.RUSAGE_CHILDREN) if on_cpu else trained.peak_device_mb
+            if device.type == "cuda":
+                peak_mb = trained.peak_device_mb if memory.peak_mb is None else memory.peak_mb
+                if (missing_mb := memory.missing_mb()) > 0:
+                    print(f"{missing_mb:.0f} MB of device memory are not back after training", flush=True)
+            else:
+                peak_mb = peak_memory_mb(device, resource.RUSAGE_CHILDREN)
             events.send("phase", phase="score")
             started = time.monotonic()
             digest = scoring.take()
@@ -117,6 +119,7 @@ def run(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str
             with scoring.fresh() as scorer:
                 val_bpb = scoring.score(scorer, rows, audit)
                 scored = time.monotonic()
+                compiled.take(cache, "scorer", scorer.home)
                 if request.get("heldout"):
                     extra["heldout_bpb"] = scoring.score(scorer, prepared.val_rows("heldout"))
             events.send("phase", phase="audit")
@@ -124,6 +127,7 @@ def run(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str
             found = scoring.examine(audit)
             ended = time.monotonic()
             sizes = weights_sizes(scoring.weights)
+    compiled.keep(cache)
     metrics = figures(
         val_bpb=val_bpb,
         training_s=trained.seconds,
@@ -138,6 +142,7 @@ def run(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str
     return {
         "metrics": metrics,
         "memory_gb": peak_mb / 1024,
+        "logits": scoring.shared,
         "work": trained.tokens,
         "trust": sandbox.trust(),
         "weights_sha256": digest,
@@ -161,21 +166,42 @@ def verify(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[
                 raise Crash("audit", f"scoring the same weights twice gave {request['score']!r} and {again!r}")
             heldout_bpb = scoring.score(scorer, prepared.val_rows("heldout"))
         events.send("phase", phase="audit")
-        return {"metrics": {"heldout_bpb": heldout_bpb, **scoring.examine(audit)}, "trust": sandbox.trust()}
+        metrics = {"heldout_bpb": heldout_bpb, **scoring.examine(audit)}
+        return {"metrics": metrics, "logits": scoring.shared, "trust": sandbox.trust()}
 
 
 def determinism(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str, Any]:
     """Train one artifact and score it in every way that must not matter. Raises Crash."""
     events.send("phase", phase="start")
-    with Training(request, prepared, events) as training:
-        training.finish()
+    with Memory() as memory:
+        with Training(request, prepared, events) as training:
+            training.finish()
+        memory.missing_mb()
     from .determinism import table
     from .scoring import Scoring
 
     events.send("phase", phase="score")
     with Scoring(request, prepared, events) as scoring:
         scoring.take()
-        return {"table": table(scoring, request, prepared), "trust": sandbox.trust()}
+        lines = table(scoring, request, prepared)
+        return {"table": lines, "logits": scoring.shared, "trust": sandbox.trust()}
+
+
+def blamed(crash: Crash) -> Crash:
+    """Return a crash whose processes are gone, with the kind busy where others left it too little device memory."""
+    if crash.kind != "memory":
+        return crash
+    from .report import used_memory_mb
+    from .run import pick_device
+
+    with Memory() as memory:
+        on_cuda = pick_device().type == "cuda"
+        known = on_cuda and memory.used_mb() is not None
+        used_mb = memory.settled_mb(BUSY_MB) if known else used_memory_mb(pick_device())
+    if used_mb <= BUSY_MB:
+        return crash
+    busy = f"{used_mb:.0f} MB of the device's memory are used by other processes"
+    return Crash("busy", f"{busy}: {crash}", crash.detail)
 
 
 OPERATIONS = {"run": run, "verify": verify, "determinism": determinism}
@@ -189,11 +215,14 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     events = Events(int(os.environ.pop("AUTORESEARCH_CHANNEL")))
     try:
+        select_device(request.get("device"))
+        stated_peak()  # an unusable one is said now, not after the training
         name = request["profile"]
         profile = named_profile(name, "--autoresearch-profile") if name else active_profile()
         prepared = Prepared.open(profile, request.get("data"))
         identity = fingerprint(prepared)
         if request["op"] == "check":
+            find_device(request.get("device"))
             answer = {
                 "budget_s": profile.budget_s,
                 "profile": profile.name,
@@ -209,9 +238,10 @@ def main() -> None:
             os.environ["AUTORESEARCH_PROFILE"] = profile.name
             answer = OPERATIONS[request["op"]](request, prepared, events)
         result = {"status": "ok", **answer, "fingerprint": identity}
-    except (DataError, sandbox.SandboxError) as error:
+    except (DataError, DeviceError, sandbox.SandboxError) as error:
         result = {"status": "unusable", "reason": str(error)}
     except Crash as error:
+        error = blamed(error)
         result = {"status": "crash", "kind": error.kind, "reason": str(error), "detail": error.detail}
         result["fingerprint"] = identity
     except OSError as error:

@@ -7,16 +7,54 @@ from collections.abc import Mapping
 
 import torch
 
-# dense bf16 peak, FLOP/s, from the vendor's data sheets (SXM parts)
-PEAK_FLOPS = {"H200": 989.5e12, "H100": 989.5e12, "A100": 312e12}
+from ._gpu import stated_peak
+
+# TFLOP/s of dense bf16 products, summed in float32, by Nvidia's data sheets and white papers. A part without further
+# words is the SXM one. What is not here is not guessed at: AUTORESEARCH_PEAK_TFLOPS says it.
+PEAK_TFLOPS = {
+    "GB200": 2_500.0,
+    "B200": 2_250.0,
+    "GH200": 989.5,
+    "H200": 989.5,
+    "H200 NVL": 835.5,
+    "H100": 989.5,
+    "H100 NVL": 835.5,
+    "H100 PCIE": 756.5,
+    "H800": 989.5,
+    "H800 PCIE": 756.5,
+    "A100": 312.0,
+    "A100 PCIE": 312.0,
+    "A800": 312.0,
+    "A800 PCIE": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40S": 362.05,
+    "L40": 181.05,
+    "L4": 121.0,
+    "RTX 6000 ADA GENERATION": 364.2,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 5080": 112.6,
+    "RTX 4090": 165.2,
+    "RTX 4080": 97.5,
+    "RTX 3090 TI": 80.0,
+    "RTX 3090": 71.0,
+}
+_NO_PART = re.compile(r"NVIDIA|TESLA|GEFORCE|SXM\d?|HBM\d\w*|\d+GB?")  # words of a name that tell nothing of its speed
+
+
+def part(name: str) -> str:
+    """Return the part that a device's name stands for: NVIDIA A100-SXM4-80GB is an A100, an H100 PCIe no H100."""
+    return " ".join(word for word in re.split("[ -]+", name.upper()) if not _NO_PART.fullmatch(word))
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's dense bf16 peak; None where it is not known, as on any CPU."""
+    """Return the device's dense bf16 peak, FLOP/s, the user's word first; None where it is not known, as on any CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    peak = stated_peak() or PEAK_TFLOPS.get(part(torch.cuda.get_device_name(device)))
+    return None if peak is None else peak * 1e12
 
 
 def peak_memory_mb(device: torch.device, who: int = resource.RUSAGE_SELF) -> float:

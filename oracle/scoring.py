@@ -1,6 +1,7 @@
 """One scorer and the judge's end of it: rows go in, logits come out as the judge's own copies; what becomes of them."""
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._processes import Child, Crash
+from . import compiled
+from ._cuda import Buffer, Unsupported, kinds, out_of_memory
+from ._processes import Child, Crash, memory_limit_gb
 from ._wire import WireError, sealed_copy, shared_array, shared_memory
 from .audit import TOLERANCE, Audit, AuditError
 from .evaluate import ScoreError, Tally
@@ -24,14 +27,15 @@ from .training import Progress
 from .weights import weights_bytes, weights_file
 
 SLOTS = 2  # shared buffers: the scorer fills one while the judge reads the other
+ROOM = 0.5  # of the device's memory must be free for the next scorer to start its model beside the one that scores
 ENDED_EARLY = "the scoring process ended with {how} before every row was scored"
 
 
 class Scorer:
     """A fresh process that rebuilds the candidate's model from source and weights. Ends its whole tree on exit.
 
-    It runs none of the candidate's code before `load`, so it may be started early. `batch` rows make one forward pass,
-    by default the profile's own. Raises Crash for what the candidate does wrong.
+    It runs none of the candidate's code and takes nothing of the device before `begin`, so it may be started early.
+    `batch` rows make one forward pass, by default the profile's own. Raises Crash for what the candidate does wrong.
     """
 
     def __init__(
@@ -43,23 +47,26 @@ class Scorer:
         seed: int,
         batch: int | None = None,
         threads: int | None = None,
+        cache: compiled.Compiled | None = None,
     ) -> None:
         profile = prepared.profile
         self.batch = batch or profile.eval_batch
-        shape = (SLOTS, self.batch, profile.seq_len, profile.vocab_size)
-        self._fds = (shared_memory(int(np.prod(shape[:3])) * 8), shared_memory(int(np.prod(shape)) * 4))
-        self._tokens = shared_array(self._fds[0], shape[:3], np.int64)
-        self._logits = torch.from_numpy(shared_array(self._fds[1], shape, np.float32))
-        self._idle = False
+        self._device = pick_device()
+        self._shape = (SLOTS, self.batch, profile.seq_len, profile.vocab_size)
+        self._fd = shared_memory(int(np.prod(self._shape[:3])) * 8)
+        self._tokens = shared_array(self._fd, self._shape[:3], np.int64)
+        self._logits: Buffer | None = None
+        self._mine = torch.empty(0)
+        self._idle = self._begun = False
         # a place of its own: what an earlier scorer wrote must not reach the one that checks it
         self._home = tempfile.TemporaryDirectory(prefix="scorer-", dir=scratch)
+        self.home = Path(self._home.name)
         self._child = Child(
             "scorer",
-            cwd=Path(self._home.name),
-            fds=self._fds,
+            cwd=self.home,
+            fds=(self._fd,),
             order={
-                "tokens": self._fds[0],
-                "logits": self._fds[1],
+                "tokens": self._fd,
                 "slots": SLOTS,
                 "batch": self.batch,
                 "profile": profile.name,
@@ -68,6 +75,7 @@ class Scorer:
                 "threads": threads,
             },
             readable=[candidate],
+            env=compiled.lend(cache, "scorer", self.home),
         )
 
     def __enter__(self) -> Self:
@@ -78,8 +86,10 @@ class Scorer:
     ) -> None:
         self._child.end()
         self._home.cleanup()
-        for fd in self._fds:
-            os.close(fd)
+        os.close(self._fd)
+        self._mine = torch.empty(0)
+        if self._logits is not None:
+            self._logits.close()
 
     def wait(self) -> None:
         """Block until the process has done its imports and takes no more time from others."""
@@ -87,31 +97,73 @@ class Scorer:
             self._expect({"op": "idle"})
             self._idle = True
 
+    def begin(self, weights: int) -> None:
+        """Hand over a descriptor of the weights, if that is not done yet; the candidate's code runs from here on."""
+        if not self._begun:
+            self.wait()
+            with self._broken_channel_is_a_crash():
+                self._child.channel.send_descriptor(weights)
+            self._begun = True
+
     def load(self, weights: int) -> None:
-        """Hand over a descriptor of the weights; the candidate's code runs from here on."""
-        self.wait()
+        """Block until the model is built and has its weights."""
+        self.begin(weights)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()  # this process's own context starts meanwhile, which takes a while
         with self._broken_channel_is_a_crash():
-            self._child.channel.send_descriptor(weights)
             self._expect({"op": "ready"})
+
+    def share(self) -> str:
+        """Give the scorer memory to write logits to, of the best kind that works on both sides; return which.
+
+        The memory is taken now, not when the process starts: until then the device is the trainer's.
+        """
+        slots = _slots(self._device, math.prod(self._shape[1:]) * 4)
+        with self._broken_channel_is_a_crash():
+            for kind in () if self._logits else kinds(self._device):
+                try:
+                    offered = Buffer(kind, (slots, *self._shape[1:]))
+                except Unsupported as error:
+                    print(f"no {kind} memory for logits: {error}", flush=True)
+                    continue
+                self._logits = offered
+                self._child.channel.send_descriptor(offered.fd)
+                self._child.channel.send(kind=kind, slots=slots)
+                if self._expect({"op": "mapped"}, {"op": "refused"})["op"] == "mapped":
+                    on_cuda = self._device.type == "cuda"
+                    self._mine = torch.empty(self._shape[1:], device=self._device if on_cuda else "cpu")
+                    break
+                self._logits = None
+                offered.close()
+        if self._logits is None:
+            raise Crash("score", "the scoring process can write its logits nowhere")
+        return self._logits.kind
 
     def logits(self, rows: Tokens) -> Iterator[tuple[slice, Tensor]]:
         """Yield (which rows, logits float32 [n, T, V]) for `rows` [N, T + 1], `batch` rows at a time and in order.
 
-        Every forward pass has exactly `batch` rows; the last one is filled up with rows whose logits are left out.
+        Every forward pass has exactly `batch` rows; the last one is filled up with rows whose logits are left out. They
+        lie on the device where that is CUDA, else in this process's memory, and hold until the next are asked for.
         """
+        self.share()
+        assert self._logits is not None
+        shared = self._logits.tensor
+        slots = len(shared)
         starts = range(0, len(rows), self.batch)
         with self._broken_channel_is_a_crash():
-            for index in range(min(SLOTS, len(starts))):
-                self._ask(index, rows[starts[index] : starts[index] + self.batch])
+            for index in range(min(slots, len(starts))):
+                self._ask(index % slots, rows[starts[index] : starts[index] + self.batch])
             for index, start in enumerate(starts):
-                self._expect({"op": "scored", "slot": index % SLOTS})
+                self._expect({"op": "scored", "slot": index % slots})
                 # a copy first: the scorer can write to the shared buffer at any time, also between two looks at it
-                mine = self._logits[index % SLOTS].clone()
-                if index + SLOTS < len(starts):
-                    ahead = starts[index + SLOTS]
-                    self._ask(index + SLOTS, rows[ahead : ahead + self.batch])
+                self._mine.copy_(shared[index % slots])
+                if self._mine.is_cuda:
+                    torch.cuda.synchronize()  # the copy is done before the slot is written again
+                if index + slots < len(starts):
+                    ahead = starts[index + slots]
+                    self._ask(index % slots, rows[ahead : ahead + self.batch])
                 which = slice(start, min(start + self.batch, len(rows)))
-                yield which, mine[: which.stop - which.start]
+                yield which, self._mine[: which.stop - which.start]
 
     @contextmanager
     def _broken_channel_is_a_crash(self) -> Iterator[None]:
@@ -122,16 +174,16 @@ class Scorer:
         except (WireError, OSError) as error:
             raise Crash("score", f"the scoring process broke its channel: {error}") from error
 
-    def _ask(self, index: int, rows: Tokens) -> None:
-        self._tokens[index % SLOTS] = np.resize(rows, (self.batch, rows.shape[1]))[:, :-1]
-        self._child.channel.send(op="score", slot=index % SLOTS)
+    def _ask(self, slot: int, rows: Tokens) -> None:
+        self._tokens[slot] = np.resize(rows, (self.batch, rows.shape[1]))[:, :-1]
+        self._child.channel.send(op="score", slot=slot)
 
-    def _expect(self, wanted: dict[str, Any]) -> None:
+    def _expect(self, *wanted: dict[str, Any]) -> dict[str, Any]:
         match self._child.channel.receive():
-            case message if message == wanted:
-                return
-            case {"op": "crash", "reason": str(reason), "detail": str(detail)}:
-                raise Crash("score", f"while scoring: {reason}", detail)
+            case message if message in wanted:
+                return message
+            case {"op": "crash", "kind": str(kind), "reason": str(reason), "detail": str(detail)}:
+                raise Crash("memory" if kind == "memory" else "score", f"while scoring: {reason}", detail)
             case None:
                 raise self._child.crash("score", ENDED_EARLY)
             case message:
@@ -145,6 +197,7 @@ class Scoring:
         """Start `early` scorers now, for weights that `take` will read later."""
         self.device = pick_device()
         self.weights = b""
+        self.shared = ""  # the kind of memory that logits came through
         self._request, self._prepared, self._events = request, prepared, events
         self._sealed = -1
         self._early = [self._scorer() for _ in range(early)]
@@ -159,6 +212,11 @@ class Scoring:
             scorer.__exit__(None, None, None)
         if self._sealed >= 0:
             os.close(self._sealed)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is still taken after this is not the judge's
+        if out_of_memory(error):
+            said = " ".join(str(error).split())[:200]
+            raise Crash("memory", f"no device memory left to judge in: {said}; try a smaller model") from error
 
     def wait(self) -> None:
         """Block until the scorers that were started early take no more time from others."""
@@ -177,11 +235,16 @@ class Scoring:
         early = bool(self._early) and not different
         with self._early.pop() if early else self._scorer(**different) as scorer:
             scorer.load(self._sealed)
+            self.shared = scorer.share()
+            if not different and _room(self.device):
+                for waiting in self._early:  # what it compiles, it compiles while this one scores
+                    waiting.begin(self._sealed)
             yield scorer
 
     def _scorer(self, **different: Any) -> Scorer:
-        given = {"candidate": Path(self._request["candidate"]), "seed": self._request["seed"], **different}
-        return Scorer(self._prepared, scratch=Path(self._request["scratch"]), **given)
+        request = self._request
+        given = {"candidate": Path(request["candidate"]), "seed": request["seed"], **different}
+        return Scorer(self._prepared, scratch=Path(request["scratch"]), cache=request.get("compiled"), **given)
 
     def score(self, scorer: Scorer, rows: Tokens, audit: Audit | None = None) -> float:
         """Score packed rows, the first pass of `audit` if there is one; return bits per byte."""
@@ -218,3 +281,19 @@ class Scoring:
         for which, logits in scorer.logits(rows):
             yield which, logits
             self._events.progress(scored=which.stop, of=len(rows))
+
+
+def _slots(device: torch.device, n_bytes: int) -> int:
+    """Return how many slots of so many bytes to share: one where more would take over an eighth of a small device."""
+    if device.type != "cuda":
+        return SLOTS
+    total = min(float(torch.cuda.mem_get_info()[1]), (memory_limit_gb() or float("inf")) * 2**30)
+    return SLOTS if SLOTS * n_bytes <= total / 8 else 1
+
+
+def _room(device: torch.device) -> bool:
+    """Tell whether a second model can start on the device while the first is scored."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info()
+    return free >= ROOM * total

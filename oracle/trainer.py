@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._candidate import build, check_forward, load, serve
+from ._candidate import build, check_forward, limit_memory, load, serve
 from ._wire import RING_BYTES, Channel, shared_array
 from .constants import PROFILES
 from .run import ContractError, ModelSpec, Run, pick_device, trained
@@ -55,6 +55,7 @@ def _train(order: dict[str, Any], channel: Channel) -> None:
 
     profile = PROFILES[order["profile"]]
     device = pick_device()
+    limit_memory()
     candidate = load(Path(order["candidate"]))
     spec = ModelSpec(vocab_size=profile.vocab_size, seq_len=profile.seq_len, device=device)
     torch.manual_seed(order["seed"])
@@ -73,8 +74,9 @@ def _train(order: dict[str, Any], channel: Channel) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
     channel.send(op="returned")
-    # clones: safetensors takes no two names for one storage, and a tied weight loads the same from two copies
-    save_file({name: t.detach().clone().contiguous() for name, t in model.state_dict().items()}, order["weights"])
+    # copies: safetensors takes no two names for one storage, and a tied weight loads the same from two of them
+    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, order["weights"])
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
     channel.send(op="done", peak_device_mb=peak)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from . import compiled
 from ._processes import Child, Crash
 from ._wire import RING_BYTES, WireError, shared_array, shared_memory
 from .clock import Budget
@@ -37,7 +38,7 @@ class Trained:
     seconds: float  # from the first batch until train(run) returned
     tokens: int
     steps: int  # log calls
-    peak_device_mb: float  # the trainer's word; 0 without a GPU
+    peak_device_mb: float  # the trainer's word, for where NVML has none; 0 without a GPU
 
 
 class _Feed:
@@ -106,6 +107,7 @@ class Training:
                 "bos_id": prepared.bos_id,
             },
             readable=[Path(request["candidate"])],
+            env=compiled.lend(request.get("compiled"), "trainer", weights.parent),
         )
 
     def __enter__(self) -> Self:

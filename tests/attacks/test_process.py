@@ -191,12 +191,16 @@ def test_rewriting_shared_memory_while_the_judge_reads_gives_nothing(judged: Cal
     thread = """
         if SCORING:
             def flip():
-                import mmap, numpy
-                logits = numpy.frombuffer(mmap.mmap(ORDER["logits"], 0), dtype=numpy.float32)
                 print("FLIPPING", flush=True)
                 while True:
-                    for value in (40.0, -40.0): logits[:] = value
-            threading.Thread(target=flip, daemon=True).start()
+                    for value in (40.0, -40.0): logits[0][:] = value
+            import oracle._cuda
+            map_it, logits = oracle._cuda.shared_array, []
+            def found(*given):
+                logits.append(map_it(*given))
+                threading.Thread(target=flip, daemon=True).start()
+                return logits[0]
+            oracle._cuda.shared_array = found
     """
     run = judged(source(top=thread))
     assert "FLIPPING" in run.log
