@@ -264,10 +264,13 @@ def test_monorepo_folder_with_spaces_and_umlauts(tmp_path: Path) -> None:
 
 
 def test_tuner_without_arguments_finds_gains(lab: Lab) -> None:
-    night = lab.loop(experiments=8)
-    assert night.code == 0, night.out
+    for nights in range(1, 4):  # it proposes at random: a night may find nothing, three hardly will
+        night = lab.loop(experiments=8)
+        assert night.code == 0, night.out
+        assert len({record["commit"] for record in lab.runs if record["verdict"]}) == 8 * nights
+        if "keep" in lab.verdicts:
+            break
     assert "keep" in lab.verdicts
-    assert len({record["commit"] for record in lab.runs if record["verdict"]}) == 8
     assert lab.git("diff", "--numstat", "HEAD..autoresearch/lab", "--", "train.py").split()[0] in ("1", "2", "3")
 
 
