@@ -4,6 +4,7 @@ Two functions are owed to the oracle: build_model(spec) and train(run). `python 
 """
 
 import gc
+import importlib.util
 import math
 
 import torch
@@ -22,10 +23,10 @@ PROFILE = oracle.profile_name()
 DEPTH = {"tiny": 2, "climbmix": 8}[PROFILE]  # transformer blocks
 ASPECT_RATIO = 64  # width = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = {"tiny": 64, "climbmix": 128}[PROFILE]  # channels of a head
-KV_GROUP = {"tiny": 1, "climbmix": 2}[PROFILE]  # query heads that share a key and a value head
+KV_GROUP = {"tiny": 1, "climbmix": 2}[PROFILE]  # at least so many query heads share a key and a value head
 MLP_RATIO = 4.0  # hidden channels of the MLP, in widths
 WINDOW_PATTERN = "SSSL"  # attention of the blocks in turn: L sees all of the context, S a piece; the last is always L
-SHORT_WINDOW = {"tiny": 0.5, "climbmix": 0.25}[PROFILE]  # the context is cut into pieces of this part of it for S
+SHORT_WINDOW = {"tiny": 0.5, "climbmix": 0.25}[PROFILE]  # S sees its own piece of the context, of about this part
 ROPE_BASE = {"tiny": 10_000.0, "climbmix": 100_000.0}[PROFILE]  # longest wavelength of the rotary positions
 QK_SCALE = {"tiny": 1.0, "climbmix": 1.15}[PROFILE]  # factor on normed queries and keys; more is sharper attention
 SOFTCAP = 15.0  # logits are squashed into (-SOFTCAP, SOFTCAP)
@@ -40,7 +41,7 @@ MLP_STD = {"tiny": 1.0, "climbmix": 0.5}[PROFILE]  # MLP input, uniform, in the 
 RESID_LAMBDA = 1.0  # each block's weight of the residual stream
 X0_LAMBDA = 0.1  # each block's weight of the embedding
 
-# Attention kernels, the fastest first: cuDNN's takes 17 ns a token and block on an H200, flash's 28
+# Attention kernels, the fastest first: on 2,048 tokens cuDNN's takes 17 ns a token on an H200, flash's 28
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -58,13 +59,11 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.piece = piece  # tokens that look at each other, each at those before it
         heads = width // head_dim
-        self.kv_heads = max(1, heads // KV_GROUP)
-        if heads % self.kv_heads:
-            raise ValueError(f"KV_GROUP is {KV_GROUP}, which does not divide {heads} heads")
+        kv_heads = max(n for n in range(1, max(1, heads // KV_GROUP) + 1) if heads % n == 0)
         self.q = nn.Linear(width, width, bias=False)
-        self.k, self.v = (nn.Linear(width, self.kv_heads * head_dim, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(width, kv_heads * head_dim, bias=False) for _ in range(2))
         self.proj = nn.Linear(width, width, bias=False)
-        self.gate = nn.Linear(min(GATE_CHANNELS, width), self.kv_heads, bias=False) if gated else None
+        self.gate = nn.Linear(min(GATE_CHANNELS, width), kv_heads, bias=False) if gated else None
 
     def forward(self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
         weights = self.q.weight, self.k.weight, self.v.weight
@@ -75,14 +74,14 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value.view(v.shape)
         piece = min(self.piece, x.size(1))
         q, k, v = (heads.reshape(-1, piece, *heads.shape[2:]).transpose(1, 2) for heads in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=KV_GROUP > 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) > k.size(1))
         return linear(y.transpose(1, 2).reshape(x.shape), self.proj.weight)
 
 
 class Block(nn.Module):
     def __init__(self, width: int, head_dim: int, piece: int, gated: bool) -> None:
         super().__init__()
-        hidden = math.ceil(MLP_RATIO * width)
+        hidden = 8 * math.ceil(MLP_RATIO * width / 8)
         self.attention = Attention(width, head_dim, piece, gated)
         self.fc = nn.Linear(width, hidden, bias=False)
         self.proj = nn.Linear(hidden, width, bias=False)
@@ -103,19 +102,20 @@ class GPT(nn.Module):
 
     def __init__(self, vocab_size: int, seq_len: int) -> None:
         super().__init__()
-        head_dim = HEAD_DIM + HEAD_DIM % 2
+        head_dim = 8 * math.ceil(HEAD_DIM / 8)  # sizes that are no multiple of 8 are slow on a GPU
         width = math.ceil(DEPTH * ASPECT_RATIO / head_dim) * head_dim
         pattern = (WINDOW_PATTERN * DEPTH)[: DEPTH - 1] + "L"
         if set(pattern) - {"S", "L"}:
             raise ValueError(f"WINDOW_PATTERN is {WINDOW_PATTERN!r}, use the letters S and L")
         gated = [layer % 2 == (DEPTH - 1) % 2 for layer in range(DEPTH)]  # every other block, the last among them
         self.seq_len = seq_len
-        self.piece = min(seq_len, math.ceil(SHORT_WINDOW * seq_len))
+        self.piece = math.ceil(seq_len / max(1, round(1 / SHORT_WINDOW)))
         whole = math.ceil(seq_len / self.piece) * self.piece
         self.embedding = nn.Embedding(vocab_size, width)
         pieces = [self.piece if letter == "S" else whole for letter in pattern]
-        self.blocks = nn.ModuleList(Block(width, head_dim, pieces[i], gated[i]) for i in range(DEPTH))
-        kv_width = max(1, width // head_dim // KV_GROUP) * head_dim
+        blocks = [Block(width, head_dim, pieces[i], gated[i]) for i in range(DEPTH)]
+        self.blocks = nn.ModuleList(blocks)
+        kv_width = blocks[0].attention.v.out_features
         self.values = nn.ModuleDict({str(i): nn.Embedding(vocab_size, kv_width) for i in range(DEPTH) if gated[i]})
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.resid_lambdas = nn.Parameter(torch.full((DEPTH,), RESID_LAMBDA))
@@ -228,8 +228,9 @@ def micro_batch(model: GPT, device: torch.device) -> int:
     rows = DEVICE_BATCH_SIZE
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory * torch.cuda.get_per_process_memory_fraction()
-        row_bytes = 32 * DEPTH * model.head.in_features * model.seq_len  # activations: as much a block and channel
-        while rows > 1 and rows * row_bytes > memory - 2 * 2**30:  # the rest: weights, optimizer, a chunk of logits
+        row_bytes = (24 + 2 * MLP_RATIO) * DEPTH * model.head.in_features * model.seq_len  # activations
+        rest = 2 * 2**30 + 24 * sum(weight.numel() for weight in model.parameters())  # a chunk of logits, the optimizer
+        while rows > 1 and rows * row_bytes > memory - rest:
             rows //= 2
     return rows
 
@@ -244,8 +245,9 @@ def train(run: oracle.Run) -> nn.Module:
     on_cuda = run.device.type == "cuda"
     if on_cuda:
         torch.set_float32_matmul_precision("high")
-    # One block is compiled, not the whole model: it starts sooner, and every block runs it
-    run_block = torch.compile(Block.forward, dynamic=False) if on_cuda else Block.forward
+    # Blocks are compiled, not the whole model: most are alike, so that it starts sooner
+    compiles = on_cuda and importlib.util.find_spec("triton") is not None
+    run_block = torch.compile(Block.forward, dynamic=False) if compiles else Block.forward
 
     def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         with sdpa_kernel(ATTENTION, set_priority=True):
@@ -296,7 +298,7 @@ def train(run: oracle.Run) -> nn.Module:
             report(*launched)
         step += 1
         arrived = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
-        launched = step, MATRIX_LR * multiplier, loss_sum.to("cpu", non_blocking=True, copy=True), arrived
+        launched = step, MATRIX_LR * multiplier, loss_sum.to("cpu", non_blocking=on_cuda, copy=True), arrived
         if arrived is not None:
             arrived.record()
         loss_sum.zero_()

@@ -72,7 +72,7 @@ def _crash(error: BaseException) -> dict[str, Any]:
         return {"kind": "contract", "reason": str(error), "detail": detail}
     if isinstance(error, Diverged):
         return {"kind": "diverged", "reason": str(error), "detail": detail}
-    short = [one for one in _chain(error) if _is_out_of_memory(one)]
+    short = [one for one in _chain(error) if is_out_of_memory(one)]
     said = short[-1] if short else error
     lines = str(said).strip().split("\n")
     message = next((line.strip() for line in lines if short and OUT_OF_MEMORY.search(line)), lines[0])[:300]
@@ -95,7 +95,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Tell whether an error means that memory ran out, on the device or the machine; not all have their own type."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

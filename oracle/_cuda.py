@@ -18,8 +18,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from importlib import import_module
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,27 +56,12 @@ class Buffer:
                 _pin(stack, self.tensor)
             self._held = stack.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """Give everything back; the tensor and every view of it must not be used again."""
         if self.kind != "shared":
             torch.cuda.synchronize()
         self._held.close()
         self.tensor = torch.empty(0)  # last: host memory lives as long as a tensor that names it
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Tell whether an error of torch means that a device is out of memory; not all of them are OutOfMemoryError."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error)
-    )
 
 
 def _host_memory(stack: ExitStack, shape: Shape, fd: int) -> tuple[int, Tensor]:
@@ -120,7 +104,8 @@ def _device_memory(stack: ExitStack, shape: Shape, fd: int) -> tuple[int, Tensor
     least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
     unit = call("cuMemGetAllocationGranularity", place, least)
     size = -(-math.prod(shape) * 4 // unit) * unit
-    if fd < 0:
+    new = fd < 0
+    if new:
         memory = call("cuMemCreate", size, place, 0)
         stack.callback(call, "cuMemRelease", memory)
         fd = int(call("cuMemExportToShareableHandle", memory, by_descriptor, 0))
@@ -136,6 +121,9 @@ def _device_memory(stack: ExitStack, shape: Shape, fd: int) -> tuple[int, Tensor
     access.location = place.location
     access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
     call("cuMemSetAccess", address, size, [access], 1)
+    if new:  # what an earlier scorer wrote there must not reach the next one; nothing promises that memory comes empty
+        call("cuMemsetD8", address, 0, size)
+        torch.cuda.synchronize()
     return fd, _tensor(int(address), shape, device)
 
 
@@ -156,7 +144,7 @@ def _caller(driver: Any) -> Callable[..., Any]:
         except (RuntimeError, AttributeError) as error:  # an older driver lacks the function
             raise Unsupported(f"{name}: {error}") from error
         if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise torch.OutOfMemoryError(f"{name}: CUDA out of memory, asked for {given[0]} bytes")
+            raise torch.OutOfMemoryError(f"{name}: CUDA out of memory")
         if status != driver.CUresult.CUDA_SUCCESS:
             raise Unsupported(f"{name}: {status.name}")
         return values[0] if values else None

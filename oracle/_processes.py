@@ -30,17 +30,16 @@ class DeviceError(Exception):
 def select_device(name: str | None) -> None:
     """Let this process and all that it starts see the device `name` and no other, before any of them imports torch.
 
-    None and auto: as they are. `cuda:N` counts as nvidia-smi does. Raises DeviceError for a name of another form.
+    None, auto and cuda: the first GPU that there is. `cuda:N` counts as nvidia-smi does. Raises DeviceError for a name
+    of another form.
     """
     match (name or "auto").partition(":"):
-        case ("auto", "", ""):
-            return
         case ("cpu", "", "") if sys.platform == "darwin":
             raise DeviceError("device cpu: PyTorch has no way to hide a Mac's GPU; choose auto")
         case ("cpu", "", ""):
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        case ("cuda", "", ""):
-            return
+        case (("auto" | "cuda"), "", ""):
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
         case ("cuda", ":", number) if number.isascii() and number.isdigit():
             os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
             os.environ["CUDA_VISIBLE_DEVICES"] = str(int(number))
@@ -157,6 +156,7 @@ class Child:
         env: Mapping[str, str],
     ) -> None:
         self._level = sandbox.available()
+        self._frozen: set[int] = set()  # process ids
         self._memory_kills = memory_kills()
         ours, theirs = socket.socketpair()
         order = {**order, "channel": theirs.fileno()}
@@ -193,9 +193,31 @@ class Child:
             status = 128 - status
         return f"exit code {status}" if status >= 0 else f"signal {-status}"
 
+    def freeze(self) -> None:
+        """Stop the process and everything that it started, until `thaw`."""
+        while running := [process for process in self._tree() if process.pid not in self._frozen]:
+            for process in running:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.suspend()
+                self._frozen.add(process.pid)
+
+    def thaw(self) -> None:
+        """Let what was stopped go on."""
+        for process in self._tree() if self._frozen else ():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+        self._frozen.clear()
+
+    def _tree(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            top = psutil.Process(self.process.pid)
+            return [top, *top.children(recursive=True)]
+        return []
+
     def end(self) -> None:
         """End the process and everything that it started."""
         self.channel.close()
+        self.thaw()  # a stopped bubblewrap would not end with what is inside it
         if self.process.poll() is None and self._level == "bubblewrap":
             # Not bubblewrap's own two processes: they end by themselves once they have waited for the candidate's,
             # whose memory then counts in this process's usage. What the kernel kills after them counts nowhere.

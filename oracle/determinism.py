@@ -24,7 +24,7 @@ POISON = {
     "default dtype bfloat16": "torch.set_default_dtype(torch.bfloat16)",
     "reduced matmul precision": "torch.set_float32_matmul_precision('medium')",
     "gradients on": "torch.set_grad_enabled(True)",
-    "autocast left on": ("torch.autocast('cuda' if torch.cuda.is_available() else 'cpu', torch.bfloat16).__enter__()"),
+    "autocast left on": "torch.autocast('cuda' if torch.cuda.is_available() else 'cpu', torch.bfloat16).__enter__()",
     "one thread set": "torch.set_num_threads(1)",
 }
 
@@ -63,7 +63,7 @@ def table(scoring: Scoring, request: dict[str, Any], prepared: Prepared) -> list
     for name, poisoned in _poisoned(Path(request["candidate"]), Path(request["scratch"])):
         with scoring.fresh(candidate=poisoned) as scorer:
             note(name, scoring.score(scorer, rows), exact)
-    for batch in (1, 2, 8, 32):
+    for batch in (1, 2, 8, 32) if scoring.device.type == "cpu" else (1, 2, 8):  # a GPU may have no room for more
         with scoring.fresh(batch=batch) as scorer:
             note(f"batches of {batch}", scoring.score(scorer, rows), close)
     with scoring.fresh(threads=1) as scorer:

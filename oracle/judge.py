@@ -105,7 +105,8 @@ def run(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str
             if training.device != device.type:
                 raise Crash("error", f"trained on {training.device or 'no device'}, where the judge has {device.type}")
             if device.type == "cuda":
-                peak_mb = trained.peak_device_mb if memory.peak_mb is None else memory.peak_mb
+                # NVML's word; the trainer's own is a lower bound of it, for a neighbour that leaves meanwhile
+                peak_mb = max(trained.peak_device_mb, memory.peak_mb or 0.0)
                 if (missing_mb := memory.missing_mb()) > 0:
                     print(f"{missing_mb:.0f} MB of device memory are not back after training", flush=True)
             else:
@@ -200,7 +201,8 @@ def blamed(crash: Crash) -> Crash:
         used_mb = memory.settled_mb(BUSY_MB) if known else used_memory_mb(pick_device())
     if used_mb <= BUSY_MB:
         return crash
-    busy = f"{used_mb:.0f} MB of the device's memory are used by other processes"
+    amount = f"{used_mb:.0f} MB" if used_mb < float("inf") else "all"
+    busy = f"{amount} of the device's memory are used by other processes"
     return Crash("busy", f"{busy}: {crash}", crash.detail)
 
 

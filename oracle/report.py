@@ -66,10 +66,16 @@ def peak_memory_mb(device: torch.device, who: int = resource.RUSAGE_SELF) -> flo
 
 
 def used_memory_mb(device: torch.device) -> float:
-    """Return how much of the device's memory any process uses now, in MiB; 0 where it is the machine's own."""
+    """Return how much of the device's memory any process uses now, in MiB; 0 where it is the machine's own.
+
+    It is infinite where even asking finds no room.
+    """
     if device.type != "cuda":
         return 0.0
-    free, total = torch.cuda.mem_get_info(device)
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:
+        return float("inf")
     return (total - free) / 2**20
 
 

@@ -128,7 +128,8 @@ class Run:
         rate = (self._tokens - tokens) / max(self._budget.elapsed_s - elapsed_s, 1e-9)
         parts = [f"step {step}", f"loss {loss:.4f}"]
         parts += [] if lr is None else [f"lr {lr:.1e}"]
-        parts += [f"{rate / 1000:.1f}k tokens/s", *(f"{name} {value:.4g}" for name, value in figures.items())]
+        parts += [f"{rate / 1000:.1f}k tokens/s"] if self._tokens > tokens else []  # none since: a last report
+        parts += [f"{name} {value:.4g}" for name, value in figures.items()]
         print(" | ".join(parts), flush=True)
         self._source.log(step, loss)
         if not loss <= MAX_LOSS:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import compiled
-from ._cuda import Buffer, Unsupported, kinds, out_of_memory
+from ._candidate import is_out_of_memory
+from ._cuda import Buffer, Unsupported, kinds
 from ._processes import Child, Crash, memory_limit_gb
 from ._wire import WireError, sealed_copy, shared_array, shared_memory
 from .audit import TOLERANCE, Audit, AuditError
@@ -27,7 +29,7 @@ from .training import Progress
 from .weights import weights_bytes, weights_file
 
 SLOTS = 2  # shared buffers: the scorer fills one while the judge reads the other
-ROOM = 0.5  # of the device's memory must be free for the next scorer to start its model beside the one that scores
+ROOM = 32  # times the logits of one pass must be free for two models to start at once; each takes a few of them
 ENDED_EARLY = "the scoring process ended with {how} before every row was scored"
 
 
@@ -53,13 +55,14 @@ class Scorer:
         self.batch = batch or profile.eval_batch
         self._device = pick_device()
         self._shape = (SLOTS, self.batch, profile.seq_len, profile.vocab_size)
+        self.pass_bytes = math.prod(self._shape[1:]) * 4  # logits of one forward pass
         self._fd = shared_memory(int(np.prod(self._shape[:3])) * 8)
         self._tokens = shared_array(self._fd, self._shape[:3], np.int64)
         self._logits: Buffer | None = None
         self._mine = torch.empty(0)
-        self._idle = self._begun = False
+        self._idle = self._begun = self._ready = False
         # a place of its own: what an earlier scorer wrote must not reach the one that checks it
-        self._home = tempfile.TemporaryDirectory(prefix="scorer-", dir=scratch)
+        self._home = tempfile.TemporaryDirectory(prefix="scorer-", dir=scratch, ignore_cleanup_errors=True)
         self.home = Path(self._home.name)
         self._child = Child(
             "scorer",
@@ -106,35 +109,44 @@ class Scorer:
             self._begun = True
 
     def load(self, weights: int) -> None:
-        """Block until the model is built and has its weights."""
+        """Block until the model is built and has its weights; let the process go on if it was held."""
         self.begin(weights)
         if self._device.type == "cuda":
             torch.cuda.synchronize()  # this process's own context starts meanwhile, which takes a while
-        with self._broken_channel_is_a_crash():
-            self._expect({"op": "ready"})
+        if not self._ready:
+            with self._broken_channel_is_a_crash():
+                self._expect({"op": "ready"})
+            self._ready = True
+        self._child.thaw()
+
+    def hold(self, weights: int) -> None:
+        """Load, and stand still until the next `load`: meanwhile another sees rows that this one must not learn of."""
+        self.load(weights)
+        self._child.freeze()
 
     def share(self) -> str:
         """Give the scorer memory to write logits to, of the best kind that works on both sides; return which.
 
         The memory is taken now, not when the process starts: until then the device is the trainer's.
         """
-        slots = _slots(self._device, math.prod(self._shape[1:]) * 4)
-        with self._broken_channel_is_a_crash():
-            for kind in () if self._logits else kinds(self._device):
-                try:
-                    offered = Buffer(kind, (slots, *self._shape[1:]))
-                except Unsupported as error:
-                    print(f"no {kind} memory for logits: {error}", flush=True)
-                    continue
-                self._logits = offered
+        slots = _slots(self._device, self.pass_bytes)
+        for kind in () if self._logits else kinds(self._device):
+            try:
+                offered = Buffer(kind, (slots, *self._shape[1:]))
+            except Unsupported as error:
+                print(f"no {kind} memory for logits: {error}", flush=True)
+                continue
+            self._logits = offered
+            with self._broken_channel_is_a_crash():
                 self._child.channel.send_descriptor(offered.fd)
                 self._child.channel.send(kind=kind, slots=slots)
-                if self._expect({"op": "mapped"}, {"op": "refused"})["op"] == "mapped":
-                    on_cuda = self._device.type == "cuda"
-                    self._mine = torch.empty(self._shape[1:], device=self._device if on_cuda else "cpu")
-                    break
-                self._logits = None
-                offered.close()
+                mapped = self._expect({"op": "mapped"}, {"op": "refused"})["op"] == "mapped"
+            if mapped:
+                on_cuda = self._device.type == "cuda"
+                self._mine = torch.empty(self._shape[1:], device=self._device if on_cuda else "cpu")
+                break
+            self._logits = None
+            offered.close()
         if self._logits is None:
             raise Crash("score", "the scoring process can write its logits nowhere")
         return self._logits.kind
@@ -213,8 +225,9 @@ class Scoring:
         if self._sealed >= 0:
             os.close(self._sealed)
         if self.device.type == "cuda":
+            traceback.clear_frames(trace)  # or they hold the judge's copy of the logits
             torch.cuda.empty_cache()  # what is still taken after this is not the judge's
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             said = " ".join(str(error).split())[:200]
             raise Crash("memory", f"no device memory left to judge in: {said}; try a smaller model") from error
 
@@ -234,11 +247,14 @@ class Scoring:
         """Give a scorer on the same weights as every other; `different` from a run's own."""
         early = bool(self._early) and not different
         with self._early.pop() if early else self._scorer(**different) as scorer:
+            # The next one's model starts beside this one's, before any row is shown
+            beside = self._early if not different and _room(self.device, scorer.pass_bytes) else []
+            for waiting in beside:
+                waiting.begin(self._sealed)
             scorer.load(self._sealed)
+            for waiting in beside:
+                waiting.hold(self._sealed)
             self.shared = scorer.share()
-            if not different and _room(self.device):
-                for waiting in self._early:  # what it compiles, it compiles while this one scores
-                    waiting.begin(self._sealed)
             yield scorer
 
     def _scorer(self, **different: Any) -> Scorer:
@@ -285,15 +301,16 @@ class Scoring:
 
 def _slots(device: torch.device, n_bytes: int) -> int:
     """Return how many slots of so many bytes to share: one where more would take over an eighth of a small device."""
-    if device.type != "cuda":
-        return SLOTS
-    total = min(float(torch.cuda.mem_get_info()[1]), (memory_limit_gb() or float("inf")) * 2**30)
-    return SLOTS if SLOTS * n_bytes <= total / 8 else 1
+    return SLOTS if device.type != "cuda" or SLOTS * n_bytes <= _memory()[1] / 8 else 1
 
 
-def _room(device: torch.device) -> bool:
-    """Tell whether a second model can start on the device while the first is scored."""
-    if device.type != "cuda":
-        return False
+def _room(device: torch.device, n_bytes: int) -> bool:
+    """Tell whether two models can start on the device at once whose logits take so many bytes."""
+    return device.type == "cuda" and _memory()[0] >= ROOM * n_bytes
+
+
+def _memory() -> tuple[float, float]:
+    """Return how much of the device's memory is free and how much there is, as far as AUTORESEARCH_MEMORY_GB goes."""
     free, total = torch.cuda.mem_get_info()
-    return free >= ROOM * total
+    limit = min(float(total), (memory_limit_gb() or float("inf")) * 2**30)
+    return limit - (total - free), limit

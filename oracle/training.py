@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -38,7 +39,7 @@ class Trained:
     seconds: float  # from the first batch until train(run) returned
     tokens: int
     steps: int  # log calls
-    peak_device_mb: float  # the trainer's word, for where NVML has none; 0 without a GPU
+    peak_device_mb: float  # the trainer's word; 0 without a GPU
 
 
 class _Feed:
@@ -180,7 +181,9 @@ class Training:
                         deadline = (
                             time.monotonic() + grace_s
                         )  # no more: what says that it saves may as well be training on
-                    case {"op": "done", "peak_device_mb": float(peak_mb)} if trained_s is not None:
+                    case {"op": "done", "peak_device_mb": float(peak_mb)} if (
+                        trained_s is not None and 0 <= peak_mb < inf
+                    ):
                         return Trained(seconds=trained_s, tokens=feed.tokens, steps=feed.steps, peak_device_mb=peak_mb)
                     case {"op": "crash", "kind": str(kind), "reason": str(reason), "detail": str(detail)}:
                         raise Crash(kind if kind in TRAINER_KINDS else "error", reason, detail)

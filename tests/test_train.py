@@ -7,6 +7,7 @@ so that nothing here depends on the speed of the machine.
 import ast
 import gc
 import math
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -154,12 +155,12 @@ def test_short_windows_see_their_own_piece_of_the_context() -> None:
 
 
 def test_a_row_may_end_anywhere_in_a_piece() -> None:
-    model = load(SHORT_WINDOW=0.3, **SMALL).build_model(SPEC)  # 77 of 256 tokens: no divisor
+    model = load(SHORT_WINDOW=0.3, **SMALL).build_model(SPEC)  # three pieces of 86 tokens: 258 for 256
     tokens = torch.arange(256).remainder(SPEC.vocab_size)[None]
     with torch.no_grad():
         whole = model(tokens)
         assert whole.shape == (1, 256, SPEC.vocab_size)
-        for length in (1, 76, 77, 78, 200):
+        for length in (1, 85, 86, 87, 200):
             torch.testing.assert_close(model(tokens[:, :length]), whole[:, :length], rtol=1e-4, atol=1e-5)
 
 
@@ -197,6 +198,36 @@ def test_every_constant_can_be_nudged(name: str) -> None:
         assert losses and all(map(math.isfinite, losses))
         with torch.inference_mode():
             assert model(tokens(1)).shape == (1, SPEC.seq_len, SPEC.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DEPTH", "ASPECT_RATIO", "HEAD_DIM", "KV_GROUP", "MLP_RATIO", "SHORT_WINDOW", "GATE_CHANNELS", "WINDOW_PATTERN"],
+)
+def test_the_model_of_a_gpu_can_be_nudged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTORESEARCH_PROFILE", "climbmix")
+    spec = ModelSpec(vocab_size=64, seq_len=64, device=SPEC.device)
+    for value in [*nudged(getattr(load(), name)), *((3, 4) if name == "KV_GROUP" else ())]:
+        model = load(**{name: value}).build_model(spec)
+        with torch.inference_mode():
+            assert model(torch.arange(64)[None]).shape == (1, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "fraction", "rows"), [(141, 1.0, 128), (24, 1.0, 64), (141, 8 / 141, 16), (4, 1.0, 4)]
+)
+def test_a_micro_batch_fits_the_card(
+    memory_gb: int, fraction: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTORESEARCH_PROFILE", "climbmix")
+    card = types.SimpleNamespace(total_memory=memory_gb * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: fraction)
+    module = load()
+    with torch.device("meta"):
+        model = module.GPT(8_192, 2_048)
+    assert module.micro_batch(model, torch.device("cuda")) == rows
+    assert module.micro_batch(model, torch.device("cpu")) == 128
 
 
 def test_a_batch_that_does_not_divide_is_rounded() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -207,8 +207,9 @@ def test_a_buffer_gives_its_memory_back(monkeypatch: pytest.MonkeyPatch) -> None
     shape = (1, 2**28)  # 1 GiB
     before = used_mb()
     for _ in range(5):
-        with _cuda.Buffer("cuda", shape) as mine:
-            with _cuda.Buffer("cuda", shape, os.dup(mine.fd)) as again:  # mapped twice in one process
+        with closing(_cuda.Buffer("cuda", shape)) as mine:
+            assert not mine.tensor.count_nonzero()  # what was there before is gone
+            with closing(_cuda.Buffer("cuda", shape, os.dup(mine.fd))) as again:  # mapped twice in one process
                 again.tensor.fill_(3.0)
                 torch.cuda.synchronize()
                 assert mine.tensor[0, -1].item() == 3.0

@@ -102,4 +102,4 @@ def test_the_trainer_at_hand() -> None:
     seeding = "torch.manual_seed(run.seed)\n"
     assert seeding in TRAIN
     assert same(TRAIN, TRAIN.replace(seeding, "torch.manual_seed(run.seed + 1)\n    # lucky\n"))
-    assert not same(TRAIN, TRAIN.replace("WARMDOWN_RATIO = 0.5", "WARMDOWN_RATIO = 0.4"))
+    assert not same(TRAIN, TRAIN.replace("MATRIX_LR = 0.04", "MATRIX_LR = 0.03"))

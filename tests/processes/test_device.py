@@ -17,9 +17,9 @@ from tests.processes.judging import judge
 @pytest.mark.parametrize(
     ("name", "visible", "order"),
     [
-        (None, "2,3", None),
-        ("auto", "2,3", None),
-        ("cuda", "2,3", None),
+        (None, "2", None),
+        ("auto", "2", None),
+        ("cuda", "2", None),
         ("cpu", "", None),
         ("cuda:0", "0", "PCI_BUS_ID"),
         ("cuda:11", "11", "PCI_BUS_ID"),

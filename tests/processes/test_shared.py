@@ -7,18 +7,20 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import save
 
 from oracle import _cuda, _gpu, scoring
 from oracle._cuda import Buffer, Unsupported
-from oracle._processes import Crash
+from oracle._processes import GOODBYE_S, Crash
 from oracle._wire import sealed_copy, shared_memory
 from oracle.constants import TINY
 from oracle.corpus import DataError
@@ -87,6 +89,7 @@ MAKING = (
     "cuMemAddressReserve",
     "cuMemMap",
     "cuMemSetAccess",
+    "cuMemsetD8",
 )
 
 
@@ -108,9 +111,10 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_device_memory_is_made_mapped_and_given_back_in_reverse(use: Any) -> None:
     driver = use(Driver())
-    with Buffer("cuda", SHAPE) as buffer:
+    with closing(Buffer("cuda", SHAPE)) as buffer:
         assert driver.held == ["cuMemCreate", "cuMemAddressReserve", "cuMemMap"]
         assert buffer.tensor.shape == SHAPE and os.fstat(buffer.fd)
+    assert "cuMemsetD8" in driver.calls  # an earlier scorer's words must not reach the next
     assert driver.held == [] and driver.calls[-3:] == ["cuMemUnmap", "cuMemAddressFree", "cuMemRelease"]
     buffer.close()  # once more is no harm
     assert driver.held == []
@@ -130,7 +134,7 @@ def test_the_other_side_imports_what_it_is_handed_and_closes_it(use: Any) -> Non
     driver = use(Driver())
     driver.held.append("cuMemCreate")  # an import counts as a reference to the same memory
     Buffer("cuda", SHAPE, shared_memory(4)).close()
-    assert "cuMemCreate" not in driver.calls and "cuMemImportFromShareableHandle" in driver.calls
+    assert not {"cuMemCreate", "cuMemsetD8"} & set(driver.calls) and "cuMemImportFromShareableHandle" in driver.calls
     assert driver.held == []
     use(Driver("cuMemImportFromShareableHandle"))
     with pytest.raises(Unsupported):
@@ -138,7 +142,7 @@ def test_the_other_side_imports_what_it_is_handed_and_closes_it(use: Any) -> Non
 
 
 def test_host_memory_is_the_same_on_both_sides(use: Any) -> None:
-    with Buffer("shared", SHAPE) as mine, Buffer("shared", SHAPE, os.dup(mine.fd)) as theirs:
+    with closing(Buffer("shared", SHAPE)) as mine, closing(Buffer("shared", SHAPE, os.dup(mine.fd))) as theirs:
         theirs.tensor.fill_(7.0)
         assert mine.tensor.eq(7.0).all()
 
@@ -170,6 +174,32 @@ def test_a_kind_that_fails_on_either_side_is_followed_by_the_next(
     os.close(weights)
     said = capfd.readouterr()
     assert "no cuda memory for logits" in said.out and "cannot write logits to pinned memory" in said.out
+
+
+def test_who_is_held_stands_still_and_goes_on(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a scorer has started stands still too; ended while it is held, it is gone at once."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(cache))
+    spinning = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
+    (tmp_path / "train.py").write_text(spinning + HONEST)
+    weights = sealed_copy(save({"table": torch.randn(1024, 1024)}))
+    prepared = Prepared.open(TINY)
+
+    def states() -> set[str]:
+        return {process.status() for process in psutil.Process().children(recursive=True)}
+
+    for _ in range(2):
+        with Scorer(prepared, candidate=tmp_path, scratch=tmp_path, seed=0) as scorer:
+            scorer.hold(weights)
+            assert states() == {psutil.STATUS_STOPPED}
+            began = time.monotonic()
+        assert not states() and time.monotonic() - began < GOODBYE_S
+        with Scorer(prepared, candidate=tmp_path, scratch=tmp_path, seed=0) as scorer:
+            scorer.hold(weights)
+            scorer.load(weights)
+            assert psutil.STATUS_STOPPED not in states()
+            scorer.share()
+            assert sum(len(logits) for _, logits in scorer.logits(prepared.val_rows()[:20])) == 20
+    os.close(weights)
 
 
 def test_no_memory_for_the_judge_is_a_crash_with_a_hint(tmp_path: Path, cache: Path) -> None:
@@ -309,8 +339,13 @@ def test_a_small_device_shares_one_slot(monkeypatch: pytest.MonkeyPatch) -> None
     assert scoring._slots(torch.device("cpu"), 2**40) == 2
 
 
-def test_early_models_start_only_beside_much_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not scoring._room(torch.device("cpu"))
-    for free, room in ((100, True), (40, False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 140))
-        assert scoring._room(torch.device("cuda")) is room
+def test_two_models_start_at_once_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GiB of logits a pass, as on climbmix."""
+    monkeypatch.delenv("AUTORESEARCH_MEMORY_GB", raising=False)
+    assert not scoring._room(torch.device("cpu"), 1)
+    for free, total, room in ((140, 141, True), (40, 141, True), (30, 141, False), (23, 24, False), (7, 8, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free, total=total: (free * 2**30, total * 2**30))
+        assert scoring._room(torch.device("cuda"), 2**30) is room
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (140 * 2**30, 141 * 2**30))
+    monkeypatch.setenv("AUTORESEARCH_MEMORY_GB", "24")
+    assert not scoring._room(torch.device("cuda"), 2**30)
