@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,13 @@ def _below(spare: Collection[int]) -> Iterator[psutil.Process]:
                 yield from child.children(recursive=True)
 
 
+def _still(process: psutil.Process) -> bool:
+    try:
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _reap() -> None:
     try:
         while os.waitpid(-1, os.WNOHANG) != (0, 0):
@@ -156,7 +164,7 @@ class Child:
         env: Mapping[str, str],
     ) -> None:
         self._level = sandbox.available()
-        self._frozen: set[int] = set()  # process ids
+        self._frozen = False
         self._memory_kills = memory_kills()
         ours, theirs = socket.socketpair()
         order = {**order, "channel": theirs.fileno()}
@@ -194,19 +202,22 @@ class Child:
         return f"exit code {status}" if status >= 0 else f"signal {-status}"
 
     def freeze(self) -> None:
-        """Stop the process and everything that it started, until `thaw`."""
-        while running := [process for process in self._tree() if process.pid not in self._frozen]:
+        """Stop the process and everything that it started, until `thaw`; Crash for what cannot be stopped."""
+        self._frozen = True
+        deadline = time.monotonic() + GOODBYE_S
+        while running := [process for process in self._tree() if not _still(process)]:
+            if time.monotonic() > deadline:
+                raise Crash("score", "the scoring process does not stand still")
             for process in running:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.suspend()
-                self._frozen.add(process.pid)
 
     def thaw(self) -> None:
         """Let what was stopped go on."""
         for process in self._tree() if self._frozen else ():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
-        self._frozen.clear()
+        self._frozen = False
 
     def _tree(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
