@@ -66,7 +66,8 @@ class _Heads(torch.autograd.Function):
         """`weight` [(Hq + 2 Hk) * D, C] in the dtype of x."""
         rows = x.reshape(-1, x.size(2))
         qkv = torch.mm(rows, weight.T).view(x.size(0), x.size(1), -1, head_dim)
-        q, k = _rotate_norm(qkv, cos, sin, q_heads, scale)
+        rotate_norm = _rotate_norm_operator if _opaque(qkv) else _rotate_norm
+        q, k = rotate_norm(qkv, cos, sin, q_heads, scale)
         ctx.save_for_backward(rows, weight, qkv, cos, sin)
         ctx.scale = scale
         return q, k, qkv[:, :, q_heads + k.size(2) :]
@@ -76,7 +77,8 @@ class _Heads(torch.autograd.Function):
         rows, weight, qkv, cos, sin = ctx.saved_tensors
         grad_x = grad_weight = None
         with torch.autocast(rows.device.type, enabled=False):  # whatever it is where backward is called
-            grad = _rotate_norm_backward(grad_q, grad_k, grad_v, qkv, cos, sin, ctx.scale).view(len(rows), -1)
+            backward = _rotate_norm_backward_operator if _opaque(qkv) else _rotate_norm_backward
+            grad = backward(grad_q, grad_k, grad_v, qkv, cos, sin, ctx.scale).view(len(rows), -1)
             if ctx.needs_input_grad[0]:
                 grad_x = torch.mm(grad, weight).view(qkv.size(0), qkv.size(1), -1)
             if ctx.needs_input_grad[1]:
@@ -85,10 +87,10 @@ class _Heads(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------
-# The two operators, opaque to torch.compile
+# The two operators for CUDA and torch.compile, and the plain functions behind them: an operator's first call imports
+# all of torch.compile, for longer than a small model takes to score
 
 
-@torch.library.custom_op("autoresearch::rotate_norm", mutates_args=())
 def _rotate_norm(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return the q and k [B, T, H, D] of the product [B, T, Hq + 2 Hk, D], rotated and normed."""
     if _has_kernel(qkv):
@@ -99,13 +101,15 @@ def _rotate_norm(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, scale: flo
     return q, k
 
 
-@_rotate_norm.register_fake
+_rotate_norm_operator = torch.library.custom_op("autoresearch::rotate_norm", _rotate_norm, mutates_args=())
+
+
+@_rotate_norm_operator.register_fake
 def _(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     q, k, _ = _split(qkv, q_heads)
     return qkv.new_empty(q.shape), qkv.new_empty(k.shape)
 
 
-@torch.library.custom_op("autoresearch::rotate_norm_backward", mutates_args=())
 def _rotate_norm_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, scale: float
 ) -> Tensor:
@@ -123,9 +127,18 @@ def _rotate_norm_backward(
     return torch.cat((*parts, grad_v), 2)
 
 
-@_rotate_norm_backward.register_fake
+_rotate_norm_backward_operator = torch.library.custom_op(
+    "autoresearch::rotate_norm_backward", _rotate_norm_backward, mutates_args=()
+)
+
+
+@_rotate_norm_backward_operator.register_fake
 def _(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     return qkv.new_empty(qkv.shape)
+
+
+def _opaque(x: Tensor) -> bool:
+    return x.is_cuda or torch.compiler.is_compiling()
 
 
 def _has_kernel(qkv: Tensor) -> bool:

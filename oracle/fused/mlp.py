@@ -50,7 +50,8 @@ class _Mlp(torch.autograd.Function):
         """`x` [N, C] in the dtype of the products."""
         ctx.dtypes = w_in.dtype, w_out.dtype
         w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
-        a: Tensor = activation(x, w_in)
+        opaque = x.is_cuda or torch.compiler.is_compiling()
+        a: Tensor = (activation_operator if opaque else activation)(x, w_in)
         for_x, for_in, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if for_in else None, w_in if for_x else None, w_out if for_x or for_in else None, a)
         return a @ w_out.T
@@ -61,20 +62,24 @@ class _Mlp(torch.autograd.Function):
         x, w_in, w_out, a = ctx.saved_tensors
         for_x, for_in, for_out = ctx.needs_input_grad
         grad_x = grad_in = grad_out = None
+        opaque = a.is_cuda or torch.compiler.is_compiling()
+        weigh = weight_gradient_operator if opaque else weight_gradient
+        slope = hidden_gradient_operator if opaque else hidden_gradient
         with torch.autocast(grad.device.type, enabled=False):  # it may be on now though it was off on the way forward
             if for_out:
-                grad_out = weight_gradient(grad, a, ctx.dtypes[1])
+                grad_out = weigh(grad, a, ctx.dtypes[1])
             if for_x or for_in:
-                grad_h = hidden_gradient(grad, w_out, a)
+                grad_h = slope(grad, w_out, a)
                 if for_x:
                     grad_x = grad_h @ w_in
                 if for_in:
-                    grad_in = weight_gradient(grad_h, x, ctx.dtypes[0])
+                    grad_in = weigh(grad_h, x, ctx.dtypes[0])
         return grad_x, grad_in, grad_out
 
 
 # -----------------------------------------------------------------------------
-# The operators
+# The operators for CUDA and torch.compile, and the plain functions behind them: an operator's first call imports all of
+# torch.compile, for longer than a small model takes to score
 
 
 def kernels(x: Tensor) -> ModuleType | None:
@@ -90,7 +95,6 @@ def kernels(x: Tensor) -> ModuleType | None:
     return mlp_kernels
 
 
-@torch.library.custom_op("autoresearch::relu2", mutates_args=())
 def activation(x: Tensor, w_in: Tensor) -> Tensor:
     """Give relu(x @ w_in.T)**2 [N, H]; x [N, C] and w_in [H, C] of one dtype."""
     if (found := kernels(x)) is not None:
@@ -99,12 +103,14 @@ def activation(x: Tensor, w_in: Tensor) -> Tensor:
     return torch.mm(x, w_in.T).relu_().square_()
 
 
-@activation.register_fake
+activation_operator = torch.library.custom_op("autoresearch::relu2", activation, mutates_args=())
+
+
+@activation_operator.register_fake
 def _(x: Tensor, w_in: Tensor) -> Tensor:
     return x.new_empty(x.size(0), w_in.size(0))
 
 
-@torch.library.custom_op("autoresearch::relu2_backward", mutates_args=())
 def hidden_gradient(grad: Tensor, w_out: Tensor, a: Tensor) -> Tensor:
     """Give (grad @ w_out) * 2 * sqrt(a) [N, H]; grad [N, D], w_out [D, H] and a [N, H] of one dtype."""
     if (found := kernels(grad)) is not None:
@@ -113,12 +119,14 @@ def hidden_gradient(grad: Tensor, w_out: Tensor, a: Tensor) -> Tensor:
     return torch.mm(grad, w_out).mul_(a.sqrt().mul_(2))
 
 
-@hidden_gradient.register_fake
+hidden_gradient_operator = torch.library.custom_op("autoresearch::relu2_backward", hidden_gradient, mutates_args=())
+
+
+@hidden_gradient_operator.register_fake
 def _(grad: Tensor, w_out: Tensor, a: Tensor) -> Tensor:
     return grad.new_empty(grad.size(0), w_out.size(1))
 
 
-@torch.library.custom_op("autoresearch::relu2_weight_gradient", mutates_args=())
 def weight_gradient(grad: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Give grad.T @ rows in `dtype`, without rounding to that of the factors where torch can.
 
@@ -129,6 +137,11 @@ def weight_gradient(grad: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(grad.T, rows).to(dtype)
 
 
-@weight_gradient.register_fake
+weight_gradient_operator = torch.library.custom_op(
+    "autoresearch::relu2_weight_gradient", weight_gradient, mutates_args=()
+)
+
+
+@weight_gradient_operator.register_fake
 def _(grad: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.new_empty(grad.size(1), rows.size(1), dtype=dtype)

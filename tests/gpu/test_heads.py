@@ -126,7 +126,7 @@ def test_backward_kernel(shape: tuple[int, ...], dtype: torch.dtype, kind: str) 
     ]
     found = torch.ops.autoresearch.rotate_norm_backward(*grads, qkv, cos, sin, 1.3)
     on_cpu = [tensor.double().cpu() for tensor in (*grads, qkv)]
-    wanted = _heads._rotate_norm_backward(*on_cpu, cos.cpu(), sin.cpu(), 1.3)
+    wanted = _heads._rotate_norm_backward(*on_cpu, cos.cpu(), sin.cpu(), 1.3)  # type: ignore[call-arg, arg-type]
     assert found.dtype == dtype and found.is_contiguous() and error(found.cpu(), wanted) < BOUNDS[dtype]
     assert torch.equal(found[:, :, q_heads + k_heads :], grads[2])
 

@@ -114,9 +114,9 @@ def test_is_the_plain_mlp(
     mutants={
         **SLOPES,
         "no relu": ACTIVATIONS["no relu"],
-        "h's gradient for w_out": mutant("weight_gradient(grad, a,", "weight_gradient(grad, a.sqrt(),"),
+        "h's gradient for w_out": mutant("weigh(grad, a,", "weigh(grad, a.sqrt(),"),
         "x's gradient through the slope alone": mutant("grad_x = grad_h @ w_in", "grad_x = grad_h.sign() @ w_in"),
-        "w_in's gradient of the first row": mutant("weight_gradient(grad_h, x,", "weight_gradient(grad_h[:1], x[:1],"),
+        "w_in's gradient of the first row": mutant("weigh(grad_h, x,", "weight_gradient(grad_h[:1], x[:1],"),
     },
     seed=seeds,
     lead=leads,
@@ -302,8 +302,8 @@ class Block(torch.nn.Module):
         "breaks the graph": mutant("dtype = x.dtype\n", "dtype = x.dtype\n    torch._dynamo.graph_break()\n"),
         "fake of another shape": mutant("x.new_empty(x.size(0), w_in.size(0))", "x.new_empty(w_in.size(0), x.size(0))"),
         "slope forgotten when compiled": mutant(
-            "grad_h = hidden_gradient(grad, w_out, a)",
-            "grad_h = grad @ w_out if torch.compiler.is_compiling() else hidden_gradient(grad, w_out, a)",
+            "grad_h = slope(grad, w_out, a)",
+            "grad_h = grad @ w_out if torch.compiler.is_compiling() else slope(grad, w_out, a)",
         ),
     },
 )
@@ -339,9 +339,9 @@ def test_the_operators_keep_torchs_rules(relu2: Any) -> None:
     x, w_in, w_out = (tensor.detach() for tensor in case(0, (7,), (4, 6, 4)))
     with without_error(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.library.opcheck(relu2.activation, (x, w_in))
-        torch.library.opcheck(relu2.hidden_gradient, (x, w_out, torch.rand(7, 6).double()))
-        torch.library.opcheck(relu2.weight_gradient, (x, torch.rand(7, 6).double(), torch.float32))
+        torch.library.opcheck(relu2.activation_operator, (x, w_in))
+        torch.library.opcheck(relu2.hidden_gradient_operator, (x, w_out, torch.rand(7, 6).double()))
+        torch.library.opcheck(relu2.weight_gradient_operator, (x, torch.rand(7, 6).double(), torch.float32))
 
 
 X, IN, OUT = torch.zeros(2, 3, 4), torch.zeros(6, 4), torch.zeros(5, 6)
