@@ -12,17 +12,16 @@ how many runs of 300 s that makes.
 """
 
 import json
-import os
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.judging import judge
 from benchmarks.machine import machine
 from oracle.prepared import Prepared, active_profile
 
@@ -46,7 +45,7 @@ def with_constants(source: str, constants: dict[str, str]) -> str:
     return source
 
 
-def judge(word: str, folder: Path) -> dict[str, Any]:
+def judge_run(word: str, folder: Path) -> dict[str, Any]:
     """Judge one RUN; return its figures and its curve."""
     which, *options = word.split(":")
     if which not in SOURCES:
@@ -54,53 +53,35 @@ def judge(word: str, folder: Path) -> dict[str, Any]:
     budget = next((float(option) for option in options if "=" not in option), 60.0)
     constants = dict(option.split("=", 1) for option in options if "=" in option)
     seed, memory = int(constants.pop("seed", 0)), constants.pop("memory", None)
-    candidate, scratch = folder / "candidate", folder / "scratch"
-    for each in (candidate, scratch):
-        shutil.rmtree(each, ignore_errors=True)
-        each.mkdir()
-    (candidate / "train.py").write_text(with_constants(SOURCES[which].read_text(), constants))
+    source = with_constants(SOURCES[which].read_text(), constants)
     cache = folder / f"compiled-{which}"
-    request = {"schema": 1, "op": "run", "candidate": str(candidate), "scratch": str(scratch), "seed": seed}
-    request |= {"profile": None, "budget_s": budget, "compiled": {"path": str(cache), "keep": not cache.exists()}}
-    reading, writing = os.pipe()
-    env = {**os.environ, "AUTORESEARCH_CHANNEL": str(writing)}
-    env |= {"AUTORESEARCH_MEMORY_GB": memory} if memory else {}
     cold = not cache.exists()
-    began = time.monotonic()
-    with (folder / "run.log").open("wb") as log, (folder / "request").open("w+") as order:
-        json.dump(request, order)
-        order.seek(0)
-        command = [sys.executable, "-P", "-m", "oracle.judge"]
-        process = subprocess.Popen(command, stdin=order, stdout=log, stderr=log, pass_fds=[writing], env=env)
-    os.close(writing)
-    at: dict[str, float] = {}
-    curve: list[tuple[float, float]] = []
-    event: dict[str, Any] = {}
-    with open(reading, encoding="utf-8") as channel:
-        for line in channel:
-            event = json.loads(line)
-            at.setdefault(event.get("phase", event["event"]), time.monotonic() - began)
-            if "loss" in event:
-                curve.append((round(event["elapsed_s"], 2), round(event["loss"], 4)))
-    process.wait()
-    total = time.monotonic() - began
-    log_text = (folder / "run.log").read_text(errors="replace")
+    run = judge(
+        folder,
+        source,
+        env={"AUTORESEARCH_MEMORY_GB": memory} if memory else None,
+        profile=None,
+        budget_s=budget,
+        seed=seed,
+        compiled={"path": str(cache), "keep": cold},
+    )
+    event = run.result
     if event.get("status") != "ok":
-        print(log_text[-3000:])
+        print(run.log[-3000:])
         return {"run": word, "failed": f"{event.get('kind', event.get('status'))}: {event.get('reason')}"}
     metrics = event["metrics"]
-    rates = [float(rate) * 1e3 for rate in re.findall(r"\| ([\d.]+)k tokens/s", log_text)]
+    rates = [float(rate) * 1e3 for rate in re.findall(r"\| ([\d.]+)k tokens/s", run.log)]
     tokens = metrics["total_tokens_M"] * 1e6 / metrics["num_steps"]
     times = sorted(1e3 * tokens / rate for rate in rates[1:] if rate) or [0.0]
     return {
         "run": word,
         "cold": cold,
-        "start": at["train"],
+        "start": run.at["train"],
         "rate": metrics["total_tokens_M"] / metrics["training_seconds"],
-        "beyond": total - metrics["training_seconds"],
+        "beyond": run.total_s - metrics["training_seconds"],
         "step_ms": statistics.median(times),
         "p95": times[int(0.95 * (len(times) - 1))],
-        "curve": curve,
+        "curve": [(round(e["elapsed_s"], 2), round(e["loss"], 4)) for e in run.events if "loss" in e],
         **{name: event[name] for name in ("trust", "logits", "memory_gb")},
         **metrics,
     }
@@ -160,7 +141,7 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as name:
         for word in words:
-            runs.append(judge(word, Path(name)))
+            runs.append(judge_run(word, Path(name)))
             show(runs[-1])
     done = [run for run in runs if "failed" not in run]
     for title in ("trust", "logits"):

@@ -8,17 +8,15 @@ model's forward passes over the same rows, and `own` is what the judge does with
 audit), both in CPU seconds of one thread, which a busy machine disturbs less than wall time.
 """
 
-import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.judging import judge
 from benchmarks.machine import machine
 from oracle import sandbox
 from oracle.constants import TINY
@@ -85,32 +83,13 @@ with Scorer(prepared, candidate=Path(sys.argv[1]), scratch=Path(sys.argv[2]).par
 """
 
 
-def judge(folder: Path, level: sandbox.Level) -> dict[str, float]:
+def judge_at(folder: Path, level: sandbox.Level) -> dict[str, float]:
     """Judge train.py once; return seconds by phase."""
-    candidate, scratch = folder / "candidate", folder / "scratch"
-    shutil.rmtree(scratch, ignore_errors=True)
-    candidate.mkdir(exist_ok=True)
-    scratch.mkdir()
-    shutil.copy(ROOT / "train.py", candidate)
-    request = {"schema": 1, "op": "run", "candidate": str(candidate), "scratch": str(scratch), "seed": 0}
-    request |= {"profile": TINY.name, "budget_s": TRAIN_S}
-    reading, writing = os.pipe()
-    env = {**os.environ, "AUTORESEARCH_SANDBOX": level, "AUTORESEARCH_CHANNEL": str(writing)}
-    with (folder / "run.log").open("wb") as log, (folder / "request").open("w+") as order:
-        json.dump(request, order)
-        order.seek(0)
-        command = [sys.executable, "-P", "-m", "oracle.judge"]
-        process = subprocess.Popen(command, stdin=order, stdout=log, stderr=log, pass_fds=[writing], env=env)
-    os.close(writing)
-    at = {}
-    with open(reading, encoding="utf-8") as channel:
-        for line in channel:
-            event = json.loads(line)
-            at[event.get("phase", event["event"])] = time.perf_counter()
-    process.wait()
-    if event.get("status") != "ok":
-        sys.exit(f"error: {event.get('reason')}: see {folder / 'run.log'}")
-    metrics = event["metrics"]
+    source, env = (ROOT / "train.py").read_text(), {"AUTORESEARCH_SANDBOX": level}
+    run = judge(folder, source, env=env, profile=TINY.name, budget_s=TRAIN_S)
+    if run.result.get("status") != "ok":
+        sys.exit(f"error: {run.result.get('reason')}\n{run.log[-3000:]}")
+    at, metrics = run.at, run.result["metrics"]
     trainer_start = at["train"] - at["start"]
     return {
         "trainer start": trainer_start,
@@ -147,7 +126,7 @@ def main() -> None:
         folder = Path(name)
         for _ in range(rounds):
             for level in levels:
-                figures = judge(folder, level)
+                figures = judge_at(folder, level)
                 evaluating, passes, own = measure(INPROC, folder, "none")
                 (start,) = measure(START, folder, level)
                 figures |= {"passes": passes, "scorer start": start, "own": own}

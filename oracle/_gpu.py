@@ -62,7 +62,7 @@ def stated_peak() -> float | None:
 class Memory:
     """The selected device's memory from now on: what is taken, what was taken at most, all in MiB.
 
-    A thread of its own reads it until `stop`. Without a GPU or NVML nothing is known: every figure is None.
+    Inside `with` a thread of its own reads it, until `stop`. Without a GPU or NVML every figure is None.
     """
 
     def __init__(self) -> None:
@@ -71,10 +71,10 @@ class Memory:
         self._lock = threading.Lock()
         self._before = self._highest = self.used_mb()
         self._thread = threading.Thread(target=self._watch, name="gpu-memory", daemon=True)
-        if self._before is not None:
-            self._thread.start()
 
     def __enter__(self) -> Self:
+        if self._before is not None:
+            self._thread.start()
         return self
 
     def __exit__(

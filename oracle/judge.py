@@ -174,10 +174,10 @@ def verify(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[
 def determinism(request: dict[str, Any], prepared: Prepared, events: Events) -> dict[str, Any]:
     """Train one artifact and score it in every way that must not matter. Raises Crash."""
     events.send("phase", phase="start")
-    with Memory() as memory:
-        with Training(request, prepared, events) as training:
-            training.finish()
-        memory.missing_mb()
+    memory = Memory()
+    with Training(request, prepared, events) as training:
+        training.finish()
+    memory.missing_mb()
     from .determinism import table
     from .scoring import Scoring
 
@@ -195,10 +195,9 @@ def blamed(crash: Crash) -> Crash:
     from .report import used_memory_mb
     from .run import pick_device
 
-    with Memory() as memory:
-        on_cuda = pick_device().type == "cuda"
-        known = on_cuda and memory.used_mb() is not None
-        used_mb = memory.settled_mb(BUSY_MB) if known else used_memory_mb(pick_device())
+    device, memory = pick_device(), Memory()
+    known = device.type == "cuda" and memory.used_mb() is not None
+    used_mb = memory.settled_mb(BUSY_MB) if known else used_memory_mb(device)
     if used_mb <= BUSY_MB:
         return crash
     amount = f"{used_mb:.0f} MB" if used_mb < float("inf") else "all"

@@ -130,7 +130,7 @@ class Scorer:
         The memory is taken now, not when the process starts: until then the device is the trainer's.
         """
         slots = _slots(self._device, self.pass_bytes)
-        for kind in () if self._logits else kinds(self._device):
+        for kind in kinds(self._device):
             try:
                 offered = Buffer(kind, (slots, *self._shape[1:]))
             except Unsupported as error:
@@ -155,10 +155,10 @@ class Scorer:
         """Yield (which rows, logits float32 [n, T, V]) for `rows` [N, T + 1], `batch` rows at a time and in order.
 
         Every forward pass has exactly `batch` rows; the last one is filled up with rows whose logits are left out. They
-        lie on the device where that is CUDA, else in this process's memory, and hold until the next are asked for.
+        lie on the device where that is CUDA, else in this process's memory, and hold until the next are asked for. The
+        scorer has loaded and shares its memory.
         """
-        self.share()
-        assert self._logits is not None
+        assert self._logits is not None, "share comes first"
         shared = self._logits.tensor
         slots = len(shared)
         starts = range(0, len(rows), self.batch)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from oracle.fused.rules import product_dtype
+
 # What a chunk's logits may take by default: few large products on a GPU, elsewhere what a cache can partly hold
 CUDA_CHUNK_BYTES = 512 << 20
 CHUNK_BYTES = 32 << 20
@@ -63,12 +65,7 @@ def softcapped_cross_entropy(
                 raise ValueError(f"softcapped_cross_entropy: target {bad} is not in [0, {len(weight)})")
 
     device = x.device.type
-    dtype = x.dtype
-    if device == "cuda":
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-    elif dtype.itemsize < 4:
-        dtype = torch.float32
+    dtype = product_dtype(x) if device == "cuda" else torch.promote_types(x.dtype, torch.float32)
     if chunk is None:
         chunk = max(1, (CUDA_CHUNK_BYTES if device == "cuda" else CHUNK_BYTES) // (len(weight) * dtype.itemsize))
     # Casts and reshapes out here are autograd's to undo
@@ -128,7 +125,7 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, losses: Tensor, softcap:
     """
     if logits.is_cuda:
         try:
-            from . import loss_kernel
+            from oracle.fused import loss_kernel
         except ImportError:  # as on Windows
             pass
         else:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from oracle.fused.rules import opaque, product_dtype
+
 
 def relu2_mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """Return relu(x @ w_in.T)**2 @ w_out.T for x [..., C], w_in [H, C] and w_out [D, H]; [..., D].
@@ -34,12 +36,8 @@ def relu2_mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     if w_in.ndim != 2 or w_out.ndim != 2 or x.shape[-1:] != w_in.shape[1:] or len(w_in) != w_out.size(1):
         shapes = f"x {tuple(x.shape)}, w_in {tuple(w_in.shape)} and w_out {tuple(w_out.shape)}"
         raise ValueError(f"relu2_mlp: {shapes} do not fit, use [..., C], [H, C] and [D, H]")
-    device = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
     # Cast and reshape out here are autograd's to undo; autocast itself finds nothing left to cast
-    rows = x.to(dtype).reshape(-1, x.size(-1))
+    rows = x.to(product_dtype(x)).reshape(-1, x.size(-1))
     y: Tensor = _Mlp.apply(rows, w_in, w_out)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], len(w_out))
 
@@ -50,8 +48,7 @@ class _Mlp(torch.autograd.Function):
         """`x` [N, C] in the dtype of the products."""
         ctx.dtypes = w_in.dtype, w_out.dtype
         w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
-        opaque = x.is_cuda or torch.compiler.is_compiling()
-        a: Tensor = (activation_operator if opaque else activation)(x, w_in)
+        a: Tensor = (activation_operator if opaque(x) else activation)(x, w_in)
         for_x, for_in, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if for_in else None, w_in if for_x else None, w_out if for_x or for_in else None, a)
         return a @ w_out.T
@@ -62,9 +59,8 @@ class _Mlp(torch.autograd.Function):
         x, w_in, w_out, a = ctx.saved_tensors
         for_x, for_in, for_out = ctx.needs_input_grad
         grad_x = grad_in = grad_out = None
-        opaque = a.is_cuda or torch.compiler.is_compiling()
-        weigh = weight_gradient_operator if opaque else weight_gradient
-        slope = hidden_gradient_operator if opaque else hidden_gradient
+        weigh = weight_gradient_operator if opaque(a) else weight_gradient
+        slope = hidden_gradient_operator if opaque(a) else hidden_gradient
         with torch.autocast(grad.device.type, enabled=False):  # it may be on now though it was off on the way forward
             if for_out:
                 grad_out = weigh(grad, a, ctx.dtypes[1])
@@ -78,8 +74,7 @@ class _Mlp(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------
-# The operators for CUDA and torch.compile, and the plain functions behind them: an operator's first call imports all of
-# torch.compile, for longer than a small model takes to score
+# The operators, and the plain functions behind them (`rules.opaque`)
 
 
 def kernels(x: Tensor) -> ModuleType | None:
@@ -89,7 +84,7 @@ def kernels(x: Tensor) -> ModuleType | None:
     if torch.cuda.get_device_capability(x.device) < (8, 0):  # no bfloat16 in its tensor cores
         return None
     try:
-        from . import mlp_kernels
+        from oracle.fused import mlp_kernels
     except ImportError:  # as on Windows
         return None
     return mlp_kernels

@@ -40,8 +40,8 @@ def framed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     blocks: list[tuple[Tensor, int]] = []
     new_empty = Tensor.new_empty
 
-    def new(self: Tensor, shape: Any, **options: Any) -> Tensor:
-        size = torch.Size(shape)
+    def new(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+        size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
         block = new_empty(self, (size.numel() + 2 * MARGIN,), **options).fill_(float("nan"))
         blocks.append((block, size.numel()))
         return block[MARGIN : MARGIN + size.numel()].view(size)

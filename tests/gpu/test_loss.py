@@ -82,7 +82,7 @@ def test_kernel(dtype: torch.dtype, columns: int, scale: float, softcap: float) 
     assert torch.equal(losses[0], losses[1])
     assert bool(framed[0].isnan().all()) and bool(framed[-1].isnan().all())
     if columns == 1:
-        assert float(losses.abs().max()) <= 1e-6 and float(framed[1:-1].abs().max()) <= 1e-6
+        assert float(losses.abs().max()) <= 2e-7 * max(5.0, softcap) and float(framed[1:-1].abs().max()) <= 1e-6
     else:
         assert error(losses[1], wanted) <= 1e-5
         off = torch.linalg.vector_norm(framed[1:-1].double() - gradient) / torch.linalg.vector_norm(without_slope)

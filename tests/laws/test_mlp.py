@@ -178,7 +178,7 @@ def test_nan_is_not_hidden(relu2: Any) -> None:
         "w_in kept for nobody": mutant("w_in if for_x else None", "w_in"),
         "w_out kept for nobody": mutant("w_out if for_x or for_in else None", "w_out"),
         "h through autograd": mutant(
-            "y: Tensor = _Mlp.apply(rows, w_in, w_out)", "y = (rows @ w_in.T).relu().square() @ w_out.to(dtype).T"
+            "y: Tensor = _Mlp.apply(rows, w_in, w_out)", "y = (rows @ w_in.T).relu().square() @ w_out.to(x.dtype).T"
         ),
     },
     wanted=st.tuples(st.booleans(), st.booleans(), st.booleans()),
@@ -241,9 +241,12 @@ def test_a_kept_graph_can_be_walked_again(relu2: Any, seed: int) -> None:
 @law(
     mlp,
     mutants={
-        "float64 cast down": mutant(" and dtype != torch.float64", ""),
-        "autocast ignored": mutant("if torch.is_autocast_enabled(device)", "if False"),
-        "x's own dtype forgotten": mutant("rows = x.to(dtype)", "rows = x.to(w_in.dtype)"),
+        "float64 cast down": mutant(
+            "product_dtype(x)).reshape",
+            'torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype).reshape',
+        ),
+        "autocast ignored": mutant("x.to(product_dtype(x))", "x"),
+        "x's own dtype forgotten": mutant("rows = x.to(product_dtype(x))", "rows = x.to(w_in.dtype)"),
     },
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
     autocast=st.booleans(),
@@ -299,7 +302,7 @@ class Block(torch.nn.Module):
 @law(
     mlp,
     mutants={
-        "breaks the graph": mutant("dtype = x.dtype\n", "dtype = x.dtype\n    torch._dynamo.graph_break()\n"),
+        "breaks the graph": mutant("    rows = x.to(", "    torch._dynamo.graph_break()\n    rows = x.to("),
         "fake of another shape": mutant("x.new_empty(x.size(0), w_in.size(0))", "x.new_empty(w_in.size(0), x.size(0))"),
         "slope forgotten when compiled": mutant(
             "grad_h = slope(grad, w_out, a)",

@@ -4,8 +4,6 @@ CUDA's driver is a recording stand-in here; tests/gpu has the real one. Needs th
 """
 
 import os
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from oracle import _cuda, _gpu, scoring
+from oracle import _cuda, _gpu, _processes, scoring
 from oracle._cuda import Buffer, Unsupported
-from oracle._processes import GOODBYE_S, Crash
+from oracle._processes import Crash
 from oracle._wire import sealed_copy, shared_memory
 from oracle.constants import TINY
 from oracle.corpus import DataError
@@ -191,8 +189,10 @@ def test_who_is_held_stands_still_and_goes_on(tmp_path: Path, cache: Path, monke
         with Scorer(prepared, candidate=tmp_path, scratch=tmp_path, seed=0) as scorer:
             scorer.hold(weights)
             assert states() == {psutil.STATUS_STOPPED}
-            began = time.monotonic()
-        assert not states() and time.monotonic() - began < GOODBYE_S
+            monkeypatch.setattr(_processes, "GOODBYE_S", 10_000.0)  # who waits for what stands still is timed out
+        assert not states()
+        monkeypatch.undo()
+        monkeypatch.setenv("AUTORESEARCH_CACHE", str(cache))
         with Scorer(prepared, candidate=tmp_path, scratch=tmp_path, seed=0) as scorer:
             scorer.hold(weights)
             scorer.load(weights)
@@ -238,10 +238,13 @@ class Nvml:
 
     def __init__(self, old: bool = False) -> None:
         self.used_mb, self.old = 700.0, old
+        self.later: list[float] = []  # what the next readings change it to
 
     def nvmlDeviceGetMemoryInfo(self, handle: object, version: int | None) -> SimpleNamespace:
         if version is not None and self.old:
             raise self.NVMLError
+        if self.later:
+            self.used_mb = self.later.pop(0)
         return SimpleNamespace(used=int(self.used_mb * 2**20))
 
 
@@ -252,15 +255,15 @@ def test_the_peak_is_what_came_on_top_and_memory_is_waited_for(monkeypatch: pyte
     monkeypatch.setattr(_gpu, "SAMPLE_S", 0.01)
     with _gpu.Memory() as memory:
         nvml.used_mb = 5_700.0
-        time.sleep(0.2)
+        while memory.peak_mb != 5_000.0:
+            pass
         nvml.used_mb = 2_700.0
         memory.stop()
         assert memory.peak_mb == 5_000.0
         assert memory.missing_mb(0.05) == 2_000.0
-        back = threading.Timer(0.1, lambda: setattr(nvml, "used_mb", 800.0))
-        back.start()
+        nvml.later = [2_700.0, 2_700.0, 800.0]
         assert memory.missing_mb(30.0) == 0.0
-        back.join()
+        assert not nvml.later
         assert memory.peak_mb == 5_000.0
 
 
