@@ -65,11 +65,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
         self.gate = nn.Linear(min(GATE_CHANNELS, width), kv_heads, bias=False) if gated else None
 
-    def forward(self, x: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         weights = self.q.weight, self.k.weight, self.v.weight
         # [B, T, H, D] each; q and k with rotary positions, and normed
         q, k, v = fused.qkv_heads(x, *weights, cos, sin, self.head_dim, QK_SCALE)
-        if self.gate is not None and value is not None:
+        if self.gate is not None:
             gate = GATE_RANGE * torch.sigmoid(linear(x[..., : self.gate.in_features], self.gate.weight))
             v = v + gate.unsqueeze(-1) * value.view(v.shape)
         piece = min(self.piece, x.size(1))
@@ -87,7 +87,7 @@ class Block(nn.Module):
         self.proj = nn.Linear(hidden, width, bias=False)
 
     def forward(
-        self, x: Tensor, x0: Tensor, mix: tuple[Tensor, Tensor], value: Tensor | None, cos: Tensor, sin: Tensor
+        self, x: Tensor, x0: Tensor, mix: tuple[Tensor, Tensor], value: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         x = mix[0] * x + mix[1] * x0
         x = x + self.attention(norm(x), value, cos, sin)
@@ -111,12 +111,13 @@ class GPT(nn.Module):
         self.seq_len = seq_len
         self.piece = math.ceil(seq_len / max(1, round(1 / SHORT_WINDOW)))
         whole = math.ceil(seq_len / self.piece) * self.piece
-        self.embedding = nn.Embedding(vocab_size, width)
         pieces = [self.piece if letter == "S" else whole for letter in pattern]
         blocks = [Block(width, head_dim, pieces[i], gated[i]) for i in range(DEPTH)]
         self.blocks = nn.ModuleList(blocks)
+        # One table for the token embedding and those of the blocks' values: its gradient sorts the tokens once
         kv_width = blocks[0].attention.v.out_features
-        self.values = nn.ModuleDict({str(i): nn.Embedding(vocab_size, kv_width) for i in range(DEPTH) if gated[i]})
+        self.parts = [width, *(kv_width if gate else 0 for gate in gated)]
+        self.embedding = nn.Embedding(vocab_size, sum(self.parts))
         self.head = nn.Linear(width, vocab_size, bias=False)
         self.resid_lambdas = nn.Parameter(torch.full((DEPTH,), RESID_LAMBDA))
         self.x0_lambdas = nn.Parameter(torch.full((DEPTH,), X0_LAMBDA))
@@ -131,10 +132,9 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, width: int) -> None:
         bound = math.sqrt(3 / width)  # uniform in (-bound, bound) has std width**-0.5
-        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.embedding.weight[:, :width], std=EMBEDDING_STD)
+        nn.init.uniform_(self.embedding.weight[:, width:], -bound * MATRIX_STD, bound * MATRIX_STD)
         nn.init.normal_(self.head.weight, std=UNEMBEDDING_STD)
-        for weight in self.values.parameters():
-            nn.init.uniform_(weight, -bound * MATRIX_STD, bound * MATRIX_STD)
         for name, weight in self.blocks.named_parameters():
             if "proj" in name or "gate" in name:
                 nn.init.zeros_(weight)
@@ -150,10 +150,10 @@ class GPT(nn.Module):
         if length > self.piece:  # fill up the last piece: nothing looks ahead at what is put there
             tokens = F.pad(tokens, (0, -length % self.piece))
         cos, sin = self.cos[: tokens.size(1)], self.sin[: tokens.size(1)]
-        x = x0 = norm(self.embedding(tokens))
+        x, *values = self.embedding(tokens).split(self.parts, -1)
+        x = x0 = norm(x)
         for i, block in enumerate(self.blocks):
-            value = self.values[str(i)](tokens) if str(i) in self.values else None
-            x = run_block(block, x, x0, (self.resid_lambdas[i], self.x0_lambdas[i]), value, cos, sin)
+            x = run_block(block, x, x0, (self.resid_lambdas[i], self.x0_lambdas[i]), values[i], cos, sin)
         return norm(x[:, :length])
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -162,10 +162,10 @@ class GPT(nn.Module):
 
 
 def build_model(spec: oracle.ModelSpec) -> nn.Module:
-    model = GPT(spec.vocab_size, spec.seq_len).to(spec.device)
+    with spec.device:  # weights are drawn where they stay
+        model = GPT(spec.vocab_size, spec.seq_len)
     if spec.device.type == "cuda":  # what comes out of the embedding sets the precision of the activations
-        for embedding in (model.embedding, *model.values.values()):
-            embedding.bfloat16()
+        model.embedding.bfloat16()
     return model
 
 
@@ -199,12 +199,11 @@ FINAL_LR_FRAC = {"tiny": 0.0, "climbmix": 0.05}[PROFILE]  # to this fraction
 
 def build_optimizer(model: GPT) -> optim.MuonAdamW:
     scale = (model.head.in_features / 768) ** -0.5
-    embeddings = [*model.embedding.parameters(), *model.values.parameters()]
     adamw = {"kind": "adamw", "betas": (ADAM_BETA1, ADAM_BETA2), "eps": ADAM_EPS}
     return optim.MuonAdamW(
         [
             {**adamw, "params": [model.head.weight], "lr": UNEMBEDDING_LR * scale},
-            {**adamw, "params": embeddings, "lr": EMBEDDING_LR * scale},
+            {**adamw, "params": [model.embedding.weight], "lr": EMBEDDING_LR * scale},
             {**adamw, "params": [model.resid_lambdas], "lr": RESID_LR},
             {**adamw, "params": [model.x0_lambdas], "lr": SCALAR_LR, "betas": (SCALAR_BETA1, ADAM_BETA2)},
             {
