@@ -48,15 +48,6 @@ def select_device(name: str | None) -> None:
             raise DeviceError(f"no device is called {name!r}: choose auto, cpu, cuda or cuda:N")
 
 
-def find_device(name: str | None) -> None:
-    """Raise DeviceError where `select_device(name)` has left no GPU to see although `name` asks for one."""
-    if name is None or not name.startswith("cuda"):
-        return
-    probe = [sys.executable, "-P", "-c", sandbox.CUDA_PROBE]  # in a process of its own: CUDA does not survive a fork
-    if subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True).returncode:
-        raise DeviceError(f"there is no device {name}: CUDA sees no such GPU here; `nvidia-smi -L` lists those it has")
-
-
 def memory_limit_gb() -> float | None:
     """Return what AUTORESEARCH_MEMORY_GB (GiB) leaves each process of a GPU's memory, as a smaller one would; or None.
 

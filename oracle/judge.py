@@ -29,7 +29,7 @@ from typing import Any
 
 from . import compiled, sandbox
 from ._gpu import Memory, selected, stated_peak
-from ._processes import Crash, DeviceError, adopt_orphans, find_device, memory_limit_gb, select_device
+from ._processes import Crash, DeviceError, adopt_orphans, memory_limit_gb, select_device
 from .corpus import DataError
 from .prepared import Prepared, active_profile, named_profile
 from .training import Training
@@ -223,7 +223,8 @@ def main() -> None:
         prepared = Prepared.open(profile, request.get("data"))
         identity = fingerprint(prepared)
         if request["op"] == "check":
-            find_device(request.get("device"))
+            if (name := request.get("device") or "").startswith("cuda") and not identity["gpu"]:
+                raise DeviceError(f"there is no device {name}: CUDA sees no such GPU here; `nvidia-smi -L` lists those")
             answer = {
                 "budget_s": profile.budget_s,
                 "profile": profile.name,

@@ -79,7 +79,7 @@ _CALLS = {
     "aarch64": (0xC00000B7, 198, (203, 194, 190, 186, 180, 217, 218, 219, 425)),
 }
 _AF_UNIX, _SOCK_SEQPACKET = 1, 5
-CUDA_PROBE = "import ctypes, sys; sys.exit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
+_CUDA_PROBE = "import ctypes, sys; sys.exit(ctypes.CDLL('libcuda.so.1').cuInit(0))"
 
 
 class SandboxError(Exception):
@@ -107,7 +107,7 @@ def works(level: Level) -> bool:
     if sys.platform != "linux" or (level == "bubblewrap" and shutil.which("bwrap") is None):
         return False
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # from whoever is to use the CPU
-    probe = [sys.executable, "-P", "-c", CUDA_PROBE] if glob.glob("/dev/nvidia[0-9]*") and not hidden else ["true"]
+    probe = [sys.executable, "-P", "-c", _CUDA_PROBE] if glob.glob("/dev/nvidia[0-9]*") and not hidden else ["true"]
     with tempfile.TemporaryDirectory() as folder:
         command = wrap(probe, level, writable=Path(folder), readable=())
         return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0

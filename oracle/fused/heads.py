@@ -11,8 +11,8 @@ and back, for the gradient g over y:
     (dl, dr) = (du_l * c - du_r * s, du_l * s + du_r * c)
 
 Both passes read each row once, write it once and round once; the gradients of q, k and v are written side by side, so
-that the products back are single ones too. Two Triton kernels on CUDA, the same in plain torch elsewhere; eager and
-torch.compile run the same two operators.
+that the products back are single ones too. Two Triton kernels on CUDA, the same in plain torch elsewhere; torch.compile
+takes both as operators.
 """
 
 from types import ModuleType
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oracle.fused.rules import opaque, product_dtype
+from oracle.fused.rules import kernels, opaque, product_dtype
 
 
 def qkv_heads(
@@ -85,8 +85,8 @@ class _Heads(torch.autograd.Function):
 
 def _rotate_norm(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, scale: float) -> tuple[Tensor, Tensor]:
     """Return the q and k [B, T, H, D] of the product [B, T, Hq + 2 Hk, D], rotated and normed."""
-    if (kernels := _kernels(qkv)) is not None:
-        out: tuple[Tensor, Tensor] = kernels.forward(qkv, cos, sin, q_heads, scale)
+    if (found := _kernels(qkv)) is not None:
+        out: tuple[Tensor, Tensor] = found.forward(qkv, cos, sin, q_heads, scale)
         return out
     c, s = cos[:, None].to(_exact(qkv)), sin[:, None].to(_exact(qkv))
     q, k, _ = _split(qkv, q_heads)
@@ -107,8 +107,8 @@ def _rotate_norm_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, scale: float
 ) -> Tensor:
     """Return the gradient over the product, contiguous, from those over q, k and v."""
-    if (kernels := _kernels(qkv)) is not None:
-        out: Tensor = kernels.backward(grad_q, grad_k, grad_v, qkv, cos, sin, scale)
+    if (found := _kernels(qkv)) is not None:
+        out: Tensor = found.backward(grad_q, grad_k, grad_v, qkv, cos, sin, scale)
         return out
     c, s = cos[:, None].to(_exact(qkv)), sin[:, None].to(_exact(qkv))
     q, k, _ = _split(qkv, grad_q.size(2))
@@ -135,11 +135,8 @@ def _kernels(qkv: Tensor) -> ModuleType | None:
     """Give the Triton kernels if they can take `qkv`."""
     if not qkv.is_cuda or _exact(qkv) != torch.float32:
         return None
-    try:
-        from oracle.fused import heads_kernels
-    except ImportError:  # as on Windows
-        return None
-    return heads_kernels if qkv.size(-1) in heads_kernels.HEAD_DIMS else None
+    found = kernels("heads_kernels")
+    return found if found is not None and qkv.size(-1) in found.HEAD_DIMS else None
 
 
 def _exact(x: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oracle.fused.rules import product_dtype
+from oracle.fused.rules import kernels, product_dtype
 
 # What a chunk's logits may take by default: few large products on a GPU, elsewhere what a cache can partly hold
 CUDA_CHUNK_BYTES = 512 << 20
@@ -123,14 +123,10 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, losses: Tensor, softcap:
 
     Without `gradient` the logits hold anything afterwards. One Triton kernel on CUDA, where Triton is there.
     """
-    if logits.is_cuda:
-        try:
-            from oracle.fused import loss_kernel
-        except ImportError:  # as on Windows
-            pass
-        else:
-            if logits.size(1) <= loss_kernel.MOST_COLUMNS:
-                return loss_kernel.loss_and_gradient_(logits, targets, losses, softcap, gradient)
+    found = kernels("loss_kernel") if logits.is_cuda else None
+    if found is not None and logits.size(1) <= found.MOST_COLUMNS:
+        found.loss_and_gradient_(logits, targets, losses, softcap, gradient)
+        return
     t = logits.to(losses.dtype).div_(softcap).tanh_()  # the logits themselves, unless they are halves
     capped = t * softcap
     normalizer = capped.logsumexp(1)

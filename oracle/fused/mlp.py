@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oracle.fused.rules import opaque, product_dtype
+from oracle.fused.rules import kernels, opaque, product_dtype
 
 
 def relu2_mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -77,22 +77,18 @@ class _Mlp(torch.autograd.Function):
 # The operators, and the plain functions behind them (`rules.opaque`)
 
 
-def kernels(x: Tensor) -> ModuleType | None:
+def _kernels(x: Tensor) -> ModuleType | None:
     """Give the Triton kernels if they can take `x`."""
     if not (x.is_cuda and x.dtype == torch.bfloat16 and torch.version.hip is None):
         return None
     if torch.cuda.get_device_capability(x.device) < (8, 0):  # no bfloat16 in its tensor cores
         return None
-    try:
-        from oracle.fused import mlp_kernels
-    except ImportError:  # as on Windows
-        return None
-    return mlp_kernels
+    return kernels("mlp_kernels")
 
 
 def activation(x: Tensor, w_in: Tensor) -> Tensor:
     """Give relu(x @ w_in.T)**2 [N, H]; x [N, C] and w_in [H, C] of one dtype."""
-    if (found := kernels(x)) is not None:
+    if (found := _kernels(x)) is not None:
         out: Tensor = found.activation(x, w_in)
         return out
     return torch.mm(x, w_in.T).relu_().square_()
@@ -108,7 +104,7 @@ def _(x: Tensor, w_in: Tensor) -> Tensor:
 
 def hidden_gradient(grad: Tensor, w_out: Tensor, a: Tensor) -> Tensor:
     """Give (grad @ w_out) * 2 * sqrt(a) [N, H]; grad [N, D], w_out [D, H] and a [N, H] of one dtype."""
-    if (found := kernels(grad)) is not None:
+    if (found := _kernels(grad)) is not None:
         out: Tensor = found.hidden_gradient(grad, w_out, a)
         return out
     return torch.mm(grad, w_out).mul_(a.sqrt().mul_(2))

@@ -1,4 +1,7 @@
-"""What the fused functions share: the dtype that they multiply in, and when torch.compile must not look inside."""
+"""What the fused functions share: dtype of the products, kernels, and when torch.compile must not look inside."""
+
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,6 +13,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return (
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
     )
+
+
+def kernels(name: str) -> ModuleType | None:
+    """Import a module of Triton kernels from this package; None where there is no Triton, as on Windows."""
+    try:
+        return import_module(f"oracle.fused.{name}")
+    except ImportError:
+        return None
 
 
 def opaque(x: Tensor) -> bool:

@@ -22,6 +22,7 @@ from oracle.fused import loss
 from .law import law
 
 loss_of = loss.softcapped_cross_entropy
+Given = tuple[Tensor, Tensor, Tensor]  # x, weight, targets
 seeds = st.integers(0, 2**32 - 1)
 sides = st.integers(1, 9)
 softcaps = st.sampled_from([0.5, 1.0, 15.0, 300.0])
@@ -49,7 +50,7 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
 
 def case(
     seed: int, lead: tuple[int, ...], columns: int, words: int, scale: float = 1.0, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Given:
     """x, weight, targets; the first target is the first word and the last one the last."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*lead, columns, generator=generator, dtype=torch.float64) * scale
@@ -58,6 +59,9 @@ def case(
     targets.view(-1)[0] = 0
     targets.view(-1)[-1] = words - 1
     return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
+
+
+givens = st.builds(case, seeds, leads, sides, sides, scales)
 
 
 def grads(loss: Tensor, *inputs: Tensor, incoming: float = 1.0) -> tuple[Tensor, ...]:
@@ -94,25 +98,12 @@ CHUNKED = {
         "the last chunk left out": CHUNKED["the last chunk left out"],
         "the first targets for every chunk": CHUNKED["the first targets for every chunk"],
     },
-    seed=seeds,
-    lead=leads,
-    columns=sides,
-    words=sides,
-    scale=scales,
+    given=givens,
     softcap=softcaps,
     chunk=chunks,
 )
-def test_is_the_plain_loss(
-    loss_of: Any,
-    seed: int,
-    lead: tuple[int, ...],
-    columns: int,
-    words: int,
-    scale: float,
-    softcap: float,
-    chunk: int | None,
-) -> None:
-    x, weight, targets = case(seed, lead, columns, words, scale)
+def test_is_the_plain_loss(loss_of: Any, given: Given, softcap: float, chunk: int | None) -> None:
+    x, weight, targets = given
     loss = loss_of(x, weight, targets, softcap, chunk=chunk)
     assert loss.shape == () and loss.dtype == torch.float64
     near(loss, plain(x, weight, targets, softcap), 1e-12)
@@ -134,25 +125,12 @@ def test_is_the_plain_loss(
         "gradient of the sum": mutant("grad / ctx.rows", "grad / 1"),
         "x's gradient kept from the first chunk": mutant("out=grad_x[place]", "out=grad_x[: len(logits)]"),
     },
-    seed=seeds,
-    lead=leads,
-    columns=sides,
-    words=sides,
-    scale=scales,
+    given=givens,
     softcap=softcaps,
     chunk=chunks,
 )
-def test_has_the_plain_gradients(
-    loss_of: Any,
-    seed: int,
-    lead: tuple[int, ...],
-    columns: int,
-    words: int,
-    scale: float,
-    softcap: float,
-    chunk: int | None,
-) -> None:
-    x, weight, targets = case(seed, lead, columns, words, scale)
+def test_has_the_plain_gradients(loss_of: Any, given: Given, softcap: float, chunk: int | None) -> None:
+    x, weight, targets = given
     found = grads(loss_of(x, weight, targets, softcap, chunk=chunk), x, weight)
     for grad, wanted in zip(found, grads(plain(x, weight, targets, softcap), x, weight), strict=True):
         near(grad, wanted, 1e-10)

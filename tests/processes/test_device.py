@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from oracle._processes import DeviceError, find_device, select_device
+from oracle._processes import DeviceError, select_device
 from tests.processes.judging import judge
 
 
@@ -41,11 +41,6 @@ def test_a_name_hides_every_other_device(
 def test_any_other_name_is_refused(name: str) -> None:
     with pytest.raises(DeviceError, match="choose auto, cpu, cuda or cuda:N"):
         select_device(name)
-
-
-def test_no_gpu_is_looked_for_unless_one_is_asked_for() -> None:
-    for name in (None, "auto", "cpu"):
-        find_device(name)
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu"])
