@@ -157,8 +157,7 @@ class GPT(nn.Module):
         return norm(x[:, :length])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits = linear(self.hidden(tokens), self.head.weight).float()
-        return SOFTCAP * torch.tanh(logits / SOFTCAP)
+        return fused.softcapped(linear(self.hidden(tokens), self.head.weight), SOFTCAP)
 
 
 def build_model(spec: oracle.ModelSpec) -> nn.Module:

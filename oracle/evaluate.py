@@ -87,11 +87,12 @@ def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
         parts = logits.split(1) if logits.is_cuda else (logits,)  # type: ignore[no-untyped-call]
         tops = [part.amax(-1, keepdim=True) for part in parts]
         totals = [(part - top).exp_().sum(-1) for part, top in zip(parts, tops, strict=True)]
-        # float64 from here on, on the CPU: some devices have none, and these are [B, T] only
-        top = torch.cat(tops).cpu().double()
+        # float64 from here on, on the CPU: some devices have none, and these are [B, T] only. One wait for the device
+        found = torch.stack((torch.cat(tops)[..., 0], torch.cat(totals), chosen[..., 0])).cpu().double()
+        top, total, chosen = found.unbind()
         if not torch.isfinite(top).all():
             raise ScoreError("logits contain NaN, +inf, or a position where every entry is -inf")
-        return torch.cat(totals).cpu().double().log_() + (top - chosen.cpu().double()).squeeze(-1)
+        return total.log_() + (top - chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

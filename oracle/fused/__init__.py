@@ -5,7 +5,7 @@ products of torch's and Triton kernels around them, elsewhere in plain torch. tr
 """
 
 from .heads import qkv_heads
-from .loss import softcapped_cross_entropy
+from .loss import softcapped, softcapped_cross_entropy
 from .mlp import relu2_mlp
 
-__all__ = ["qkv_heads", "relu2_mlp", "softcapped_cross_entropy"]
+__all__ = ["qkv_heads", "relu2_mlp", "softcapped", "softcapped_cross_entropy"]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oracle.fused.rules import kernels, opaque, product_dtype
+from oracle.fused.rules import kernels, product_dtype
 
 
 def qkv_heads(
@@ -59,7 +59,7 @@ class _Heads(torch.autograd.Function):
         """`weight` [(Hq + 2 Hk) * D, C] in the dtype of x."""
         rows = x.reshape(-1, x.size(2))
         qkv = torch.mm(rows, weight.T).view(x.size(0), x.size(1), -1, head_dim)
-        rotate_norm = _rotate_norm_operator if opaque(qkv) else _rotate_norm
+        rotate_norm = _rotate_norm_operator if torch.compiler.is_compiling() else _rotate_norm
         q, k = rotate_norm(qkv, cos, sin, q_heads, scale)
         ctx.save_for_backward(rows, weight, qkv, cos, sin)
         ctx.scale = scale
@@ -70,7 +70,8 @@ class _Heads(torch.autograd.Function):
         rows, weight, qkv, cos, sin = ctx.saved_tensors
         grad_x = grad_weight = None
         with torch.autocast(rows.device.type, enabled=False):  # whatever it is where backward is called
-            backward = _rotate_norm_backward_operator if opaque(qkv) else _rotate_norm_backward
+            compiling = torch.compiler.is_compiling()
+            backward = _rotate_norm_backward_operator if compiling else _rotate_norm_backward
             grad = backward(grad_q, grad_k, grad_v, qkv, cos, sin, ctx.scale).view(len(rows), -1)
             if ctx.needs_input_grad[0]:
                 grad_x = torch.mm(grad, weight).view(qkv.size(0), qkv.size(1), -1)
@@ -80,7 +81,8 @@ class _Heads(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------
-# The two operators, and the plain functions behind them (`rules.opaque`)
+# The two operators, which torch.compile takes as they are, and the plain functions behind them: the first call of an
+# operator imports all of torch.compile, for longer than a small model takes to score on a CPU
 
 
 def _rotate_norm(qkv: Tensor, cos: Tensor, sin: Tensor, q_heads: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -118,6 +118,22 @@ class _Loss(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None
 
 
+def softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """Return softcap * tanh(logits / softcap), as float32 (float64 if `logits` are); the shape is that of `logits`.
+
+    Without a gradient to keep it is one Triton kernel on CUDA, which reads and writes once. Raises ValueError if
+    `logits` are not floating or `softcap` is not positive.
+    """
+    if not logits.is_floating_point() or not softcap > 0:
+        raise ValueError(f"softcapped: logits {logits.dtype} and softcap {softcap}, use a floating dtype and above 0")
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    plain = torch.compiler.is_compiling() or (logits.requires_grad and torch.is_grad_enabled())
+    if logits.is_cuda and exact == torch.float32 and not plain and (found := kernels("loss_kernel")) is not None:
+        capped: Tensor = found.softcapped(logits.contiguous(), softcap)
+        return capped
+    return softcap * torch.tanh(logits.to(exact) / softcap)
+
+
 def loss_and_gradient_(logits: Tensor, targets: Tensor, losses: Tensor, softcap: float, gradient: bool) -> None:
     """Write the loss of each row of `logits` [n, V] into `losses` [n] and, if asked, its gradient over the logits.
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of `loss.py`; imported when the first CUDA tensor comes, as Triton is only where CUDA is."""
+"""The Triton kernels of `loss.py`; imported when the first CUDA tensor comes, as Triton is only where CUDA is."""
 
 import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -56,6 +56,26 @@ def loss_and_gradient_(logits: Tensor, targets: Tensor, losses: Tensor, softcap:
             BOUNDED=softcap <= MOST_BOUND,
             num_warps=warps(block),
         )
+
+
+@triton.jit  # type: ignore[untyped-decorator, misc, unused-ignore]
+def _softcapped(logits, capped, count, softcap, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    z = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(capped + place, softcap * _tanh(z * (1.0 / softcap)), mask=inside)
+
+
+def softcapped(logits: Tensor, softcap: float) -> Tensor:
+    """Do what `loss.softcapped` does, without a gradient; `logits` are contiguous."""
+    capped = torch.empty_like(logits, dtype=torch.float32)
+    block = 4096
+    with torch.cuda.device(logits.device):
+        if capped.numel():
+            _softcapped[(triton.cdiv(capped.numel(), block),)](
+                logits, capped, capped.numel(), float(softcap), BLOCK=block, num_warps=8
+            )
+    return capped
 
 
 def warps(block: int) -> int:

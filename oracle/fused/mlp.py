@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oracle.fused.rules import kernels, opaque, product_dtype
+from oracle.fused.rules import kernels, product_dtype
 
 
 def relu2_mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class _Mlp(torch.autograd.Function):
         """`x` [N, C] in the dtype of the products."""
         ctx.dtypes = w_in.dtype, w_out.dtype
         w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
-        a: Tensor = (activation_operator if opaque(x) else activation)(x, w_in)
+        a: Tensor = (activation_operator if torch.compiler.is_compiling() else activation)(x, w_in)
         for_x, for_in, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if for_in else None, w_in if for_x else None, w_out if for_x or for_in else None, a)
         return a @ w_out.T
@@ -59,8 +59,9 @@ class _Mlp(torch.autograd.Function):
         x, w_in, w_out, a = ctx.saved_tensors
         for_x, for_in, for_out = ctx.needs_input_grad
         grad_x = grad_in = grad_out = None
-        weigh = weight_gradient_operator if opaque(a) else weight_gradient
-        slope = hidden_gradient_operator if opaque(a) else hidden_gradient
+        compiling = torch.compiler.is_compiling()
+        weigh = weight_gradient_operator if compiling else weight_gradient
+        slope = hidden_gradient_operator if compiling else hidden_gradient
         with torch.autocast(grad.device.type, enabled=False):  # it may be on now though it was off on the way forward
             if for_out:
                 grad_out = weigh(grad, a, ctx.dtypes[1])
@@ -74,7 +75,7 @@ class _Mlp(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------
-# The operators, and the plain functions behind them (`rules.opaque`)
+# The operators, which torch.compile takes as they are, and the plain functions behind them
 
 
 def _kernels(x: Tensor) -> ModuleType | None:

@@ -1,4 +1,4 @@
-"""What the fused functions share: dtype of the products, kernels, and when torch.compile must not look inside."""
+"""What the fused functions share: the dtype of their products, and where their kernels come from."""
 
 from importlib import import_module
 from types import ModuleType
@@ -21,11 +21,3 @@ def kernels(name: str) -> ModuleType | None:
         return import_module(f"oracle.fused.{name}")
     except ImportError:
         return None
-
-
-def opaque(x: Tensor) -> bool:
-    """Tell whether to call operators, which torch.compile takes as they are, or the plain functions behind them.
-
-    The first call of an operator imports all of torch.compile, for longer than a small model takes to score on a CPU.
-    """
-    return x.is_cuda or torch.compiler.is_compiling()

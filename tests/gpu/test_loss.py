@@ -90,6 +90,38 @@ def test_kernel(dtype: torch.dtype, columns: int, scale: float, softcap: float) 
 
 
 @dtypes
+@pytest.mark.parametrize("shape", [(1,), (3, 1000), (2, 3, 4096), (7, 50257), (0, 5)])
+@pytest.mark.parametrize("softcap", [1.0, 15.0, 200.0])
+def test_softcapped(dtype: torch.dtype, shape: tuple[int, ...], softcap: float) -> None:
+    """Off by 1e-6 * softcap at most, of rows with gaps too; with a gradient to keep by plain operations."""
+    logits = (randn(*shape) * 20).to(dtype)
+    wide = F.pad(logits, (1, 2))[..., 1:-2]
+    assert torch.equal(wide, logits)
+    poison()
+    for given in (logits, wide, logits.clone().requires_grad_()):
+        found = fused.softcapped(given, softcap)
+        assert found.dtype == torch.float32 and found.shape == shape
+        assert bool(((found - softcap * torch.tanh(logits.double() / softcap)).abs() <= 1e-6 * softcap).all())
+    if found.numel():
+        (grad,) = torch.autograd.grad(found.sum(), given)
+        wanted = 1 - torch.tanh(logits.double() / softcap).square()
+        assert grad.dtype == dtype and float((grad - wanted).abs().max()) <= BOUNDS[dtype]
+
+
+def test_softcapped_past_two_to_the_31_logits() -> None:
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GB of free GPU memory")
+    logits = torch.full((2**31 + 5,), -3.0, device="cuda", dtype=torch.bfloat16)
+    logits[-5:] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    capped = fused.softcapped(logits, 15.0)
+    least, most = capped[:-5].aminmax()
+    assert least == most == capped[0]
+    assert float((capped[-5:] - 15 * torch.tanh(logits[-5:].float() / 15)).abs().max()) <= 1e-5
+    del logits, capped
+    torch.cuda.empty_cache()
+
+
+@dtypes
 @pytest.mark.parametrize("columns", [1000, 8192, 50257])
 @pytest.mark.parametrize("chunk", [None, 100])
 def test_loss_and_gradients(dtype: torch.dtype, columns: int, chunk: int | None) -> None:

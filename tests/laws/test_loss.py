@@ -31,7 +31,7 @@ leads: st.SearchStrategy[tuple[int, ...]] = st.sampled_from([(), (2, 3), (3, 1, 
 scales = st.sampled_from([0.0, 0.01, 1.0, 30.0, 1e4])  # of the logits: from uniform to saturated
 
 
-def mutant(old: str, new: str) -> Callable[..., Tensor]:
+def mutant(old: str, new: str, function: str = "softcapped_cross_entropy") -> Callable[..., Tensor]:
     source = Path(loss.__file__).read_text(encoding="utf-8")
     assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in loss.py"
     module = types.ModuleType(f"oracle.fused_mutant_{len(sys.modules)}")
@@ -40,7 +40,7 @@ def mutant(old: str, new: str) -> Callable[..., Tensor]:
     # What a mutant leaves out is 0, not what memory happens to hold
     source = source.replace(".new_empty(", ".new_zeros(").replace("empty_like(x)", "zeros_like(x)")
     exec(compile(source, "fused_mutant.py", "exec"), module.__dict__)
-    return cast(Callable[..., Tensor], module.softcapped_cross_entropy)
+    return cast(Callable[..., Tensor], getattr(module, function))
 
 
 def plain(x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -323,6 +323,53 @@ def test_runs_as_it_is_inside_a_compiled_function(loss_of: Any) -> None:
     near(grads(loss, x)[0], grads(plain(x * 2, weight, targets, 5.0), x)[0], 1e-12)
     names = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert names and not any("tanh" in name or "autograd_function" in name for name in names)
+
+
+@law(
+    loss.softcapped,
+    mutants={
+        "no softcap": mutant("torch.tanh(logits.to(exact) / softcap)", "(logits.to(exact) / softcap)", "softcapped"),
+        "not scaled back": mutant("return softcap * torch.tanh", "return torch.tanh", "softcapped"),
+        "in halves": mutant("torch.tanh(logits.to(exact) / softcap)", "torch.tanh(logits / softcap)", "softcapped"),
+        "float64 cast down": mutant(
+            "exact = torch.promote_types(logits.dtype, torch.float32)\n    plain",
+            "exact = torch.float32\n    plain",
+            "softcapped",
+        ),
+        "cut off from the gradient": lambda logits, softcap: loss.softcapped(logits.detach(), softcap),
+    },
+    seed=seeds,
+    lead=leads,
+    scale=scales,
+    softcap=softcaps,
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+)
+def test_softcapped_is_its_definition(
+    softcapped: Any, seed: int, lead: tuple[int, ...], scale: float, softcap: float, dtype: torch.dtype
+) -> None:
+    """With its gradient: 1 - tanh(z / softcap)**2."""
+    logits = case(seed, lead, 5, 2, min(scale, 1e3), dtype)[0]
+    capped = softcapped(logits, softcap)
+    assert capped.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    t = torch.tanh(logits.detach().double() / softcap)
+    near(capped, softcap * t, 1e-6 if dtype != torch.float64 else 1e-14)
+    assert capped.requires_grad
+    near(grads(capped.sum(), logits)[0], 1 - t.square(), {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2))
+    with torch.no_grad():
+        assert torch.equal(softcapped(logits, softcap), capped)
+
+
+@pytest.mark.parametrize(
+    ("logits", "softcap", "message"),
+    [
+        (torch.zeros(2, dtype=torch.int64), 15.0, "logits torch.int64 and softcap 15.0"),
+        (torch.zeros(2), 0.0, "softcap 0.0, use a floating dtype and above 0"),
+        (torch.zeros(2), float("nan"), "softcap nan"),
+    ],
+)
+def test_softcapped_names_what_does_not_fit(logits: Tensor, softcap: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        loss.softcapped(logits, softcap)
 
 
 X, W, T = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.int64)
