@@ -19,6 +19,7 @@ from .evaluate import ScoreError, check_logits
 from .run import ContractError, Diverged, ModelSpec
 
 TAIL_CHARS = 4_000  # of a traceback
+MESSAGE_CHARS = 200  # of an error: what comes before and after it must fit into a crash's reason too
 # CUDA and its libraries do not always raise torch.OutOfMemoryError, and compilers wrap it
 OUT_OF_MEMORY = re.compile(
     r"(CUDA|HIP|MPS)\b.{0,40}\bout of memory|CUDA_ERROR_OUT_OF_MEMORY|CU(BLAS|DNN|SOLVER)_STATUS_ALLOC_FAILED"
@@ -75,7 +76,7 @@ def _crash(error: BaseException) -> dict[str, Any]:
     short = [one for one in _chain(error) if is_out_of_memory(one)]
     said = short[-1] if short else error
     lines = str(said).strip().split("\n")
-    message = next((line.strip() for line in lines if short and OUT_OF_MEMORY.search(line)), lines[0])[:300]
+    message = next((line.strip() for line in lines if short and OUT_OF_MEMORY.search(line)), lines[0])[:MESSAGE_CHARS]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == "train.py"]
     where = f" (train.py:{frames[-1].lineno})" if frames else ""
     hint = "; try a smaller DEVICE_BATCH_SIZE or model" if short else ""

@@ -217,14 +217,17 @@ scoring.Buffer = none
 
 
 def test_a_scorer_without_memory_is_a_crash_with_a_hint(tmp_path: Path, cache: Path) -> None:
+    """Which the error's own text, of more than 600 characters in torch, does not push out of the reason."""
     source = HONEST.replace(
         "return self.table[tokens]",
-        "if 'oracle.scorer' in open('/proc/self/cmdline').read(): raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+        "if 'oracle.scorer' in open('/proc/self/cmdline').read():\n"
+        "            raise torch.OutOfMemoryError('CUDA out of memory. ' + 30 * 'Tried to allocate 9 GiB. ')\n"
         "        return self.table[tokens]",
     )
     result = judge(tmp_path, cache, source).result
     assert (result["status"], result["kind"]) == ("crash", "memory"), result
     assert result["reason"].startswith("while scoring: OutOfMemoryError: CUDA out of memory.")
+    assert result["reason"].endswith("; try a smaller DEVICE_BATCH_SIZE or model"), result["reason"]
 
 
 # --- what a GPU is asked ---------------------------------------------------------------------------------------------
