@@ -1,5 +1,6 @@
 """What the fused functions share: the dtype of their products, and where their kernels come from."""
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -15,6 +16,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     )
 
 
+@cache  # an import that fails is tried again at every call
 def kernels(name: str) -> ModuleType | None:
     """Import a module of Triton kernels from this package; None where there is no Triton, as on Windows."""
     try:

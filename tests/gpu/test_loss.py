@@ -96,7 +96,6 @@ def test_softcapped(dtype: torch.dtype, shape: tuple[int, ...], softcap: float) 
     """Off by 1e-6 * softcap at most, of rows with gaps too; with a gradient to keep by plain operations."""
     logits = (randn(*shape) * 20).to(dtype)
     wide = F.pad(logits, (1, 2))[..., 1:-2]
-    assert torch.equal(wide, logits)
     poison()
     for given in (logits, wide, logits.clone().requires_grad_()):
         found = fused.softcapped(given, softcap)
